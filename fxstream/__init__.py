@@ -1,0 +1,38 @@
+"""Exact streaming of convolutional networks over images too large for memory."""
+
+from .analysis import Analysis, Finding, ReceptiveField
+from .convert import analyze, convert
+from .errors import (
+    BatchNormModeError,
+    DoubleBackwardError,
+    HookError,
+    ImageTooSmallError,
+    InputError,
+    ModeError,
+    NothingToStreamError,
+    NotLocalError,
+    StreamingError,
+    StreamingWarning,
+    TileShapeError,
+    TraceError,
+)
+
+__all__ = [
+    "Analysis",
+    "BatchNormModeError",
+    "DoubleBackwardError",
+    "Finding",
+    "HookError",
+    "ImageTooSmallError",
+    "InputError",
+    "ModeError",
+    "NotLocalError",
+    "NothingToStreamError",
+    "ReceptiveField",
+    "StreamingError",
+    "StreamingWarning",
+    "TileShapeError",
+    "TraceError",
+    "analyze",
+    "convert",
+]

@@ -1,0 +1,320 @@
+"""Analysis: which operations are local, where the streamed part ends and why, what each value sees of the image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from .axes import Dim, Value, axis_names
+from .errors import StreamingError, TileShapeError
+from .lower import answer, complaint, label, operation, overwrites
+from .memory import Memory
+from .ops import Local, NotLocal, Unknown, rule_for
+from .trace import Trace, has_hooks
+from .window import Window
+
+Status = Literal["image", "constant", "local", "stop", "head"]
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """What one position of a value sees of the image along one axis, in pixels.
+
+    Position `a` sees pixels `[a * stride - padding, a * stride - padding + size)`. Recurrences: Araujo, Norris and Sim,
+    "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019.
+    """
+
+    size: int = 1
+    stride: int = 1
+    padding: int = 0
+
+    def through(self, window: Window) -> ReceptiveField:
+        """The receptive field of a value that reads this one through `window`."""
+        return ReceptiveField(
+            self.size + (window.extent - 1) * self.stride,
+            self.stride * window.stride,
+            self.padding + window.before * self.stride,
+        )
+
+    def joined(self, other: ReceptiveField) -> ReceptiveField | None:
+        """The union of both; None if they advance at different rates."""
+        if self.stride != other.stride:
+            return None
+        padding = max(self.padding, other.padding)
+        end = max(self.size - self.padding, other.size - other.padding)
+        return ReceptiveField(padding + end, self.stride, padding)
+
+
+@dataclass(eq=False)
+class Finding:
+    """What the analysis found about one node."""
+
+    node: fx.Node
+    status: Status
+    """image: the streamed input; constant: does not depend on it; local: streams; stop: depends on the image but is
+    not local; head: comes after a stop."""
+    operation: str
+    local: Local | None = None
+    problem: NotLocal | None = None
+    reads: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    """Values that were overwritten in place before this node runs -> the results to read instead."""
+    windows: Mapping[fx.Node, Mapping[str, Window]] = field(default_factory=dict)
+    """For a local node: what it reads of each value, per streamed axis."""
+
+    @property
+    def label(self) -> str:
+        return label(self.node)
+
+    @property
+    def reason(self) -> str:
+        """Where streaming stops, why, and the way out; empty elsewhere."""
+        return complaint(self.node, self.problem) if self.problem is not None else ""
+
+
+class Analysis:
+    """The result of `fxstream.analyze`; `print` shows it as a table.
+
+    Attributes:
+        findings: one `Finding` per node of the traced graph, in order.
+        image: the node of the streamed input.
+        names: the image's dimensions, such as ("N", "C", "H", "W").
+        axes: the streamed ones among them, such as ("H", "W").
+        graph: a networkx.DiGraph over node names. Nodes carry `status`, `operation` and `receptive_field` (a dict axis
+            -> ReceptiveField, or None where it is undefined); edges between local nodes carry `windows` (axis -> Window).
+        outputs: the nodes whose values the streamed part hands to the head.
+        stops: the findings at which streaming stops.
+    """
+
+    def __init__(self, trace: Trace, image: fx.Node, names: tuple[str, ...], axes: tuple[str, ...], freeze: bool):
+        self.trace = trace
+        self.image = image
+        self.names = names
+        self.axes = axes
+        self.findings = _find(trace, image, names, axes, freeze)
+        self.outputs = _outputs(self.findings)
+        self.graph = _graph(self.findings, axes)
+
+    @property
+    def stops(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.status == "stop"]
+
+    @property
+    def prefix(self) -> list[fx.Node]:
+        """The nodes of the streamed part, in order: the local ones that an output needs."""
+        names = {node.name for node in self.outputs}
+        needed = names.union(*(nx.ancestors(self.graph, name) for name in names))
+        return [f.node for f in self.findings if f.status == "local" and f.node.name in needed]
+
+    def receptive_field(self, node: fx.Node | str) -> dict[str, ReceptiveField] | None:
+        """Per streamed axis, what one position of a local node sees; None where branches advance at different rates."""
+        name = node.name if isinstance(node, fx.Node) else node
+        found: dict[str, ReceptiveField] | None = self.graph.nodes[name]["receptive_field"]
+        return found
+
+    def __str__(self) -> str:
+        from .report import table
+
+        return table(self)
+
+
+def image_node(graph: fx.Graph, name: str | None) -> fx.Node:
+    """The placeholder that is streamed."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if not placeholders:
+        raise StreamingError("the model's forward takes no argument that could be the image")
+    if name is None:
+        return placeholders[0]
+    for node in placeholders:
+        if node.target == name:
+            return node
+    known = ", ".join(str(node.target) for node in placeholders)
+    raise StreamingError(f"image={name!r} is not an argument of the model's forward ({known})")
+
+
+def image_names(trace: Trace, example_input: torch.Tensor | None) -> tuple[str, ...]:
+    """The image's dimensions: by the first operation made for a number of spatial axes, else by an example."""
+    modules = dict(trace.root.named_modules())
+    for node in trace.graph.nodes:
+        rule = rule_for(type(modules[node.target]) if node.op == "call_module" else node.target)
+        if rule is not None and rule.spatial is not None:
+            return axis_names(rule.spatial)
+    if example_input is None:
+        raise TileShapeError("the model does not tell how many spatial axes its image has. Way out: give an example_input")
+    if not 3 <= example_input.dim() <= 5:
+        raise TileShapeError(f"example_input has {example_input.dim()} dimensions; an image has 3 to 5: (N, C, *spatial)")
+    return axis_names(example_input.dim() - 2)
+
+
+def _find(trace: Trace, image: fx.Node, names: tuple[str, ...], axes: tuple[str, ...], freeze: bool) -> list[Finding]:
+    """Classify every node; again, with one more node left to the head, while the head overwrites streamed memory."""
+    left_to_head: dict[fx.Node, NotLocal] = {}
+    while True:
+        walk = _Walk(trace, image, names, axes, freeze, left_to_head)
+        findings = [walk.visit(node) for node in trace.graph.nodes]
+        if walk.conflict is None:
+            return findings
+        node, problem = walk.conflict
+        left_to_head[node] = problem
+
+
+class _Walk:
+    """One walk over the graph, in order."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        image: fx.Node,
+        names: tuple[str, ...],
+        axes: tuple[str, ...],
+        freeze: bool,
+        left_to_head: Mapping[fx.Node, NotLocal],
+    ):
+        self.trace = trace
+        self.image = image
+        self.axes = axes
+        self.freeze = freeze
+        self.left_to_head = left_to_head
+        self.modules = dict(trace.root.named_modules())
+        self.nodes = list(trace.graph.nodes)
+        self.memory = Memory(trace.graph, image)
+        self.constants = _Constants(self.modules)
+        self.found: dict[fx.Node, Finding] = {}
+        dims = tuple(Dim(name if name in axes else None) for name in names)
+        self.values = {image: Value(dims, self.nodes.index(image))}
+        self.conflict: tuple[fx.Node, NotLocal] | None = None
+
+    def visit(self, node: fx.Node) -> Finding:
+        finding = self.found[node] = self._classify(node)
+        if finding.local is not None:
+            local = finding.local
+            self.values[node] = Value(local.dims, self.nodes.index(node))
+            self.memory.add(node, self._node_of(local.aliases), self._node_of(local.mutates))
+        return finding
+
+    def _classify(self, node: fx.Node) -> Finding:
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        name = operation(node, module) if node.op.startswith("call") else node.op
+        if node is self.image:
+            return Finding(node, "image", name)
+        sources = [self.memory.latest(source) for source in node.all_input_nodes]
+        depending = [source for source in sources if self.found[source].status != "constant"]
+        if not depending and node.op != "output":
+            self.constants.add(node)
+            return Finding(node, "constant", name)
+        reads = {old: new for old, new in zip(node.all_input_nodes, sources, strict=True) if old is not new}
+        ended = node.op == "output" or any(self._in_head(source) or self.memory.spoilt(source) for source in depending)
+        local = None if ended else self._ask(node, module)
+        if isinstance(local, Local):
+            windows = {self._node_of(value): self._windows(local, value) for value in local.values}
+            return Finding(node, "local", name, local, reads=reads, windows=windows)  # type: ignore[arg-type]  # no None
+        if node.op != "output" and overwrites(node, module):
+            self._spoil(node, depending)
+        return Finding(node, "head" if local is None else "stop", name, problem=local, reads=reads)
+
+    def _in_head(self, node: fx.Node) -> bool:
+        return self.found[node].status in ("stop", "head")
+
+    def _ask(self, node: fx.Node, module: nn.Module | None) -> Local | NotLocal:
+        if node in self.left_to_head:
+            return self.left_to_head[node]
+        if module is not None and has_hooks(module):
+            return NotLocal("has a hook, which would run once a tile", "remove the hook")
+        if module is not None and str(node.target) in self.trace.opaque:
+            return NotLocal(f"is one opaque call: {self.trace.opaque[str(node.target)]}", "make it traceable")
+        local = answer(node, self._input, module, freeze=self.freeze)
+        if isinstance(local, Local) and (target := self._node_of(local.mutates)) is not None:
+            return self.memory.obstacle(node, target, self._in_head) or local
+        return local
+
+    def _input(self, node: fx.Node) -> Any:
+        node = self.memory.latest(node)
+        return self.values[node] if node in self.values else self.constants[node]
+
+    def _node_of(self, value: Value | None) -> fx.Node | None:
+        return None if value is None else self.nodes[value.index]
+
+    def _windows(self, local: Local, value: Value) -> dict[str, Window]:
+        return {axis: local.window(value, axis) for axis in self.axes}
+
+    def _spoil(self, node: fx.Node, sources: list[fx.Node]) -> None:
+        shared = self.memory.spoil(node, sources)
+        if shared is not None and self.conflict is None:
+            problem = NotLocal(f"shares memory that {label(node)}, which is not streamed, overwrites")
+            self.conflict = (shared, problem)
+
+
+class _Constants:
+    """At conversion, the values that do not depend on the image, as far as they can be known without a call."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        self._modules = modules
+        self._known: dict[fx.Node, Any] = {}
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self._known[node]
+
+    def add(self, node: fx.Node) -> None:
+        self._known[node] = Unknown(node.name)
+        if node.op == "placeholder" or any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):
+            return
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._known[node] = self._run(node)
+        except Exception:  # whatever a user's function may raise; the call itself will show it
+            return
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(self._modules[owner], name)
+        # Copies, since nothing that runs at conversion may change the model.
+        args, kwargs = copy.deepcopy(fx.node.map_arg((node.args, dict(node.kwargs)), self._known.__getitem__))
+        if node.op == "call_module":
+            return copy.deepcopy(self._modules[str(node.target)])(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target
+
+
+def _outputs(findings: list[Finding]) -> list[fx.Node]:
+    """The local values that the head reads, each under the name of the result that it sees."""
+    head = [finding for finding in findings if finding.status in ("stop", "head")]
+    crossing = {finding.reads.get(source, source) for finding in head for source in finding.node.all_input_nodes}
+    return [finding.node for finding in findings if finding.status == "local" and finding.node in crossing]
+
+
+def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph:
+    graph = nx.DiGraph()
+    for finding in findings:
+        name = finding.node.name
+        graph.add_node(name, status=finding.status, operation=finding.operation, receptive_field=None)
+        for source in finding.node.all_input_nodes:
+            source = finding.reads.get(source, source)
+            graph.add_edge(source.name, name, windows=finding.windows.get(source))
+    for name in nx.topological_sort(graph):
+        graph.nodes[name]["receptive_field"] = _receptive_field(graph, name, axes)
+    return graph
+
+
+def _receptive_field(graph: nx.DiGraph, name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
+    status = graph.nodes[name]["status"]
+    if status != "local":
+        return dict.fromkeys(axes, ReceptiveField()) if status == "image" else None
+    fields: dict[str, ReceptiveField] = {}
+    for source, _, windows in graph.in_edges(name, data="windows"):
+        if windows is None:
+            continue  # does not depend on the image
+        seen = graph.nodes[source]["receptive_field"]
+        for axis in axes:
+            here = None if seen is None else seen[axis].through(windows[axis])
+            joined = here if here is None or axis not in fields else fields[axis].joined(here)
+            if joined is None:
+                return None
+            fields[axis] = joined
+    return fields

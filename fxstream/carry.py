@@ -1,0 +1,116 @@
+"""Carries: put a block together with what earlier tiles kept, hand it to its readers, keep what later tiles need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .schedule import Index, Layout
+
+Blocks = tuple["torch.Tensor | None", ...]
+
+
+def index_of(rows: Index, dims: Sequence[int], rank: int) -> tuple[slice, ...]:
+    """An index into a tensor from slices of the streamed axes, which are its dimensions `dims`."""
+    index = [slice(None)] * rank
+    for dim, wanted in zip(dims, rows, strict=True):
+        index[dim] = wanted
+    return tuple(index)
+
+
+def empty_like(block: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
+    """An uninitialised tensor with other sizes along some dimensions, in the same memory format."""
+    shape = [sizes.get(dim, size) for dim, size in enumerate(block.shape)]
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = formats.get(block.dim(), torch.contiguous_format)
+    if block.is_contiguous() or not block.is_contiguous(memory_format=memory_format):
+        memory_format = torch.contiguous_format
+    return torch.empty(shape, dtype=block.dtype, device=block.device, memory_format=memory_format)
+
+
+class Placement:
+    """A layout, whose slices speak of streamed axes, in terms of a value's own dimensions."""
+
+    def __init__(self, layout: Layout, dims: Sequence[int], rank: int):
+        whole = tuple(slice(0, extent) for extent in layout.extent)
+        self.layout = layout
+        self.extent = dict(zip(dims, layout.extent, strict=True))
+        self.own = None if layout.own is None else index_of(layout.own, dims, rank)
+        self.parts = [
+            (part.offset, part.piece, index_of(part.src, dims, rank), index_of(part.dst, dims, rank))
+            for part in layout.parts
+        ]
+        self.reads = [None if read is None else index_of(read, dims, rank) for read in layout.reads]
+        self.keeps = [(piece, index_of(kept, dims, rank)) for piece, kept in layout.keeps]
+        self.idle = not self.keeps and all(read is None for read in self.reads)
+        """Nothing is read and nothing kept."""
+        self.passes = layout.own == whole and not self.keeps and all(read in (None, whole) for read in layout.reads)
+        """Nothing is carried in or out, and every reader takes the whole block."""
+
+
+def _region(place: Placement, block: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The fresh block behind the rows carried into the tile."""
+    if block is not None and not parts:
+        return block
+    region = empty_like(parts[0] if block is None else block, place.extent)
+    for part, (_, _, _, dst) in zip(parts, place.parts, strict=True):
+        region[dst] = part
+    if block is not None:
+        region[place.own] = block
+    return region
+
+
+def stitch(place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
+    """What each reader gets, then what is kept (views of the block), as plain tensors."""
+    region = None if all(read is None for read in place.reads) else _region(place, block, parts)
+    reads = tuple(None if read is None or region is None else region[read] for read in place.reads)
+    keeps = tuple(block[kept] for _, kept in place.keeps) if block is not None else ()
+    return reads + keeps
+
+
+class Stitch(torch.autograd.Function):
+    """`stitch` with its gradient: the reads' gradients are added up in the region, once, and cut apart again."""
+
+    @staticmethod
+    def forward(ctx: Any, place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
+        ctx.place = place
+        ctx.has_block = block is not None
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in ((block,) if block is not None else parts)[:1]]
+        ctx.set_materialize_grads(False)
+        return stitch(place, block, *parts)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not annotate it
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        place: Placement = ctx.place
+        reads, keeps = grads[: len(place.reads)], grads[len(place.reads) :]
+        region = Stitch._gradient(ctx, [(g, i) for g, i in zip(reads, place.reads, strict=True) if g is not None])
+        parts = [None if region is None else region[dst] for _, _, _, dst in place.parts]
+        if not ctx.has_block:
+            return (None, None, *parts)
+        block = None if region is None or place.own is None else region[place.own]
+        kept = [(g, i) for g, (_, i) in zip(keeps, place.keeps, strict=True) if g is not None]
+        if kept:
+            shape, dtype, device = ctx.like[0]
+            # The reads' gradient may be shared with other nodes of the graph: never add into it.
+            block = torch.zeros(shape, dtype=dtype, device=device) if block is None else block.clone()
+            for gradient, index in kept:
+                block[index] += gradient
+        return (None, block, *parts)
+
+    @staticmethod
+    def _gradient(ctx: Any, reads: list[tuple[torch.Tensor, Any]]) -> torch.Tensor | None:
+        place: Placement = ctx.place
+        if not reads:
+            return None
+        shape, dtype, device = ctx.like[0]
+        shape = [place.extent.get(dim, size) for dim, size in enumerate(shape)]
+        if len(reads) == 1 and list(reads[0][0].shape) == shape:
+            return reads[0][0]
+        total = torch.zeros(shape, dtype=dtype, device=device)
+        for gradient, index in reads:
+            total[index] += gradient
+        return total

@@ -1,0 +1,51 @@
+"""Every error and warning that fxstream raises on purpose."""
+
+from __future__ import annotations
+
+
+class StreamingError(RuntimeError):
+    """Base class: a model, an argument or an input that fxstream cannot stream exactly."""
+
+
+class TraceError(StreamingError):
+    """torch.fx cannot trace the model; the message says where and what to do."""
+
+
+class NothingToStreamError(StreamingError):
+    """Not one operation at the front of the model is local."""
+
+
+class TileShapeError(StreamingError, ValueError):
+    """`tile_shape` has a wrong form, or a size in it is not positive."""
+
+
+class InputError(StreamingError, ValueError):
+    """The image has the wrong rank, number of channels or type."""
+
+
+class ImageTooSmallError(InputError):
+    """The image is too small for the network; the plain model fails on it as well."""
+
+
+class ModeError(StreamingError):
+    """A module's training flag contradicts what the conversion relied on."""
+
+
+class BatchNormModeError(ModeError):
+    """A streamed batch norm is in training mode, so it needs statistics of the whole image."""
+
+
+class HookError(StreamingError):
+    """A streamed module has acquired a hook, which would run once a tile or not at all."""
+
+
+class NotLocalError(StreamingError):
+    """An operation that was local at conversion is not local any more."""
+
+
+class DoubleBackwardError(StreamingError):
+    """The streamed call was differentiated twice."""
+
+
+class StreamingWarning(UserWarning):
+    """Streaming is exact, but covers less of the network than one would expect."""

@@ -1,0 +1,167 @@
+"""Lowering: from a node of the graph, by its rule, to what it reads and how it runs on a block."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .axes import Value
+from .errors import ImageTooSmallError, NotLocalError
+from .ops import Local, NotLocal, Rule, rule_for
+from .schedule import Program
+from .window import Span
+
+_ASSIGNING = {
+    getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+} | {operator.setitem}
+
+
+class Borrowed:
+    """A module some of whose attributes are replaced: parameters by aliases of them, a flag by a frozen one."""
+
+    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
+        self._module = module
+        self._attributes = attributes
+
+    def __getattr__(self, name: str) -> Any:
+        return self._attributes[name] if name in self._attributes else getattr(self._module, name)
+
+    @property  # type: ignore[misc]  # a rule may ask for the type
+    def __class__(self) -> type:
+        return type(self._module)
+
+
+def label(node: fx.Node) -> str:
+    """How a node is named to the user: by the module's path in the model, else by the module that it is in."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return f"{path}: {node.name}" if path else node.name
+
+
+def operation(node: fx.Node, module: nn.Module | None) -> str:
+    """The operation of a node in the user's words: BatchNorm2d, torch.relu, .view()."""
+    if module is not None:
+        return type(module).__name__
+    if node.op == "call_method":
+        return f".{node.target}()"
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{(getattr(node.target, '__module__', None) or 'torch').lstrip('_')}.{name}"
+
+
+def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation without a rule may write into its arguments, as far as torch's naming tells."""
+    if node.op == "call_module":
+        return bool(getattr(module, "inplace", False))
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__")
+    return by_name or node.target in _ASSIGNING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def answer(
+    node: fx.Node,
+    inputs: Callable[[fx.Node], Any],
+    module: nn.Module | None,
+    attributes: Mapping[str, Any] | None = None,
+    freeze: bool = False,
+) -> Local | NotLocal:
+    """What the rule of a node's operation says, given the value of each node that it reads.
+
+    `attributes` stand in for the module's; with `freeze` a batch norm uses its running statistics whatever its mode.
+    Raises ImageTooSmallError where a window does not fit the image.
+    """
+    rule = rule_for(type(module) if module is not None else node.target)  # type: ignore[arg-type]  # str or callable
+    if rule is None:
+        return NotLocal(f"there is no streaming rule for {operation(node, module)}")
+    args = fx.node.map_arg(node.args, inputs)
+    kwargs = fx.node.map_arg(node.kwargs, inputs)
+    if module is not None:
+        frozen = {"training": False} if freeze and isinstance(module, _BatchNorm) else {}
+        args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
+    elif freeze and node.target is F.batch_norm:
+        kwargs = _frozen(rule, args, kwargs)
+        args = ()
+    try:
+        return rule(*args, **kwargs)
+    except ValueError as error:
+        raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
+
+
+def _frozen(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**rule.signature.bind(*args, **kwargs).arguments, "training": False}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One value of the program: an operation of the streamed part, ready to run on blocks."""
+
+    node: fx.Node
+    local: Local
+    spans: tuple[int | Span, ...]
+    """For every window the streamed axis that it slides along, or the one span of an axis that is not streamed."""
+    differentiable: bool
+    """Whether the value depends on something that requires a gradient."""
+
+
+def lower(
+    graph: fx.Graph,
+    image: Value,
+    axes: tuple[str, ...],
+    inputs: Mapping[fx.Node, Any],
+    modules: Callable[[str], nn.Module],
+    attributes: Mapping[str, Mapping[str, Any]],
+    freeze: bool,
+    differentiable_image: bool,
+) -> list[Step]:
+    """Lower the streamed graph. `inputs` holds what its placeholders but the first receive.
+
+    Raises NotLocalError or a more telling error where an operation is not local any more.
+    """
+    placeholder = next(iter(graph.nodes))
+    values: dict[fx.Node, Any] = {placeholder: replace(image, index=0), **inputs}
+    grads = {placeholder: differentiable_image}
+    steps: list[Step] = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        module = modules(str(node.target)) if node.op == "call_module" else None
+        borrowed = attributes.get(str(node.target), {}) if module is not None else {}
+        local = answer(node, values.__getitem__, module, borrowed, freeze)
+        if isinstance(local, NotLocal):
+            raise (local.error or NotLocalError)(complaint(node, local))
+        used = (values[source] for source in node.all_input_nodes if source in inputs)
+        grads[node] = any(grads.get(source, False) for source in node.all_input_nodes) or any(
+            isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in (*used, *borrowed.values())
+        )
+        values[node] = Value(local.dims, index=len(steps) + 1)
+        steps.append(Step(node, local, tuple(_spans(local, axes)), grads[node]))
+    return steps
+
+
+def complaint(node: fx.Node, problem: NotLocal) -> str:
+    """A sentence for the user: where, why, and the way out."""
+    return f"{label(node)} {problem.reason}." + (f" Way out: {problem.way_out}." if problem.way_out else "")
+
+
+def _spans(local: Local, axes: tuple[str, ...]) -> Iterator[int | Span]:
+    for dim, window in local.windows.items():
+        here = local.values[0].dims[dim]
+        if here.tag is not None:
+            yield axes.index(here.tag)
+        else:
+            assert here.size is not None, "sizes are known at a call"
+            yield window.span(0, window.size(here.size), here.size)
+
+
+def program(steps: Iterable[Step], axis: str) -> Program:
+    """The integer program of one streamed axis."""
+    return ((), *(tuple((v.index, step.local.window(v, axis)) for v in step.local.values) for step in steps))

@@ -1,0 +1,90 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..axes import Value
+from ..window import Border, Sliding
+from .border import fit
+from .registry import Local, NotLocal, Unknown, register
+
+_BORDERS: dict[str, Border] = {"zeros": "zeros", "reflect": "reflect", "replicate": "replicate"}
+_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    """torch's convention for sizes: one number for all axes, or one for each."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * axes if len(values) == 1 else values
+
+
+def image_problem(x: Value, axes: int, name: str) -> NotLocal | None:
+    """What keeps a value from being the (N, C, *spatial) input of an operation over `axes` spatial axes."""
+    if x.rank != axes + 2:
+        return NotLocal(f"expects {axes + 2} dimensions and gets {x.rank}")
+    if tags := x.tags([1]):
+        return NotLocal(f"{name} along the streamed axis {tags[0]}")
+    return None
+
+
+def convolution(
+    axes: int, x: Value, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str = "zeros"
+) -> Local | NotLocal:
+    if problem := image_problem(x, axes, "mixes channels"):
+        return problem
+    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
+        return NotLocal("has a kernel that is not known before the call", "give it a kernel made of parameters alone")
+    if mode not in _BORDERS:
+        return NotLocal(
+            f"pads in mode '{mode}', which reads rows from the opposite border",
+            "use padding_mode='zeros', 'reflect' or 'replicate'",
+        )
+    channels = x.dims[1].size
+    if channels is not None and channels != weight.shape[1] * groups:
+        return NotLocal(f"has a kernel for {weight.shape[1] * groups} channels and gets {channels}")
+    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)
+    windows = {
+        axis + 2: Sliding(k, s, d, before, after, _BORDERS[mode])
+        for axis, (k, s, d, (before, after)) in enumerate(
+            zip(kernel, stride, dilation, _paddings(padding, kernel, dilation), strict=True)
+        )
+    }
+    function = _FUNCTIONS[axes]
+
+    def run(block: torch.Tensor, *spans: Any) -> torch.Tensor:
+        return function(fit(block, spans, _BORDERS[mode]), weight, bias, stride, 0, dilation, groups)
+
+    dims = x.slid(windows)
+    return Local((x,), (dims[0], type(dims[1])(None, weight.shape[0]), *dims[2:]), run, windows)
+
+
+def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    if padding == "valid":
+        return [(0, 0) for _ in kernel]
+    if padding == "same":
+        # An odd total pads one more behind, as torch does.
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(amount, amount) for amount in per_axis(padding, len(kernel))]
+
+
+def _register_convolution(axes: int, module_type: type[nn.Module], *functions: Any) -> None:
+    @register(*functions, spatial=axes)
+    def function_rule(
+        input: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Local | NotLocal:
+        return convolution(axes, input, weight, bias, stride, padding, dilation, groups)
+
+    @register(module_type, spatial=axes)
+    def module_rule(m: Any, input: Value) -> Local | NotLocal:
+        return convolution(axes, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+
+
+_register_convolution(1, nn.Conv1d, F.conv1d)
+_register_convolution(2, nn.Conv2d, F.conv2d)
+_register_convolution(3, nn.Conv3d, F.conv3d)

@@ -1,0 +1,74 @@
+"""Normalisation: a batch norm that uses its running statistics is an affine map of each position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..axes import Value
+from ..errors import BatchNormModeError
+from .registry import Local, NotLocal, Unknown, register
+
+_FREEZE = "call .eval() on it, or convert with freeze_batchnorm=True"
+
+
+def batch_norm(
+    x: Value, mean: Any, var: Any, weight: Any, bias: Any, training: bool, eps: float, way_out: str
+) -> Local | NotLocal:
+    # Statistics of the batch at hand span all axes but the channels.
+    if (training or mean is None) and (tags := x.tags()):
+        why = "is in training mode" if training else "has no running statistics"
+        return NotLocal(
+            f"{why} and needs the mean and variance over the streamed axes {', '.join(tags)}", way_out, BatchNormModeError
+        )
+    if training or mean is None:
+        return NotLocal("updates its running statistics", way_out, BatchNormModeError)
+    if tags := x.tags([1]):
+        return NotLocal(f"has its channels along the streamed axis {tags[0]}")
+    if any(isinstance(operand, (Value, Unknown)) for operand in (mean, var, weight, bias)):
+        return NotLocal("has statistics that are not known before the call")
+    channels = x.dims[1].size
+    if channels is not None and channels != mean.numel():
+        return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}")
+
+    def run(block: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(block, mean, var, weight, bias, False, 0.0, eps)
+
+    return Local((x,), x.dims, run)
+
+
+@register(nn.BatchNorm1d)
+@register(nn.BatchNorm2d, spatial=2)
+@register(nn.BatchNorm3d, spatial=3)
+@register(nn.SyncBatchNorm)
+def batch_norm_module(m: Any, input: Value) -> Local | NotLocal:
+    way_out = _FREEZE if m.running_mean is not None else "build it with track_running_stats=True"
+    return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, m.training, m.eps, way_out)
+
+
+@register(F.batch_norm)
+def batch_norm_function(
+    input: Value,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Local | NotLocal:
+    return batch_norm(input, running_mean, running_var, weight, bias, training, eps, "call it with training=False")
+
+
+def _whole_image(m: Any, input: Value) -> NotLocal:
+    return NotLocal(
+        f"{type(m).__name__} needs the mean and variance over the streamed axes {', '.join(input.tags())}",
+        "use a batch norm with running statistics (freeze_batchnorm=True)",
+    )
+
+
+for _module_type in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm):
+    register(_module_type)(_whole_image)

@@ -1,0 +1,197 @@
+"""Element-wise operations: activations, arithmetic, comparisons; modules, functions and tensor methods alike."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..axes import Dim, Value, broadcast
+from .registry import Local, NotLocal, Sliced, Unknown, register
+
+
+def pointwise(function: Callable[..., torch.Tensor], *args: Any, mutates: bool = False, **kwargs: Any) -> Local | NotLocal:
+    """The rule of any element-wise function with broadcasting; `function` must not write into its arguments."""
+    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    values = [arg for arg in named.values() if isinstance(arg, Value)]
+    if "out" in kwargs:
+        return NotLocal("writes into a tensor given as `out`", "use its result instead")
+    if (dims := broadcast(values)) is None:
+        return NotLocal("combines values whose streamed axes are not aligned")
+    if mutates and not isinstance(args[0], Value):
+        return NotLocal("writes values of the image into a tensor that does not depend on it", "use the out-of-place form")
+    operands: dict[int | str, Value | Sliced] = {}
+    for name, arg in named.items():
+        if isinstance(arg, Value):
+            operands[name] = arg
+        elif isinstance(arg, torch.Tensor):
+            if problem := _misfit(arg, dims):
+                return problem
+            # Any dimension but a streamed one broadcasts or matches in a block as it does in the whole tensor.
+            if extents := _extents(arg, dims):
+                operands[name] = Sliced(arg, extents)
+
+    def run(*blocks: torch.Tensor) -> torch.Tensor:
+        filled = {**named, **dict(zip(operands, blocks, strict=True))}
+        result = function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
+        # In place, the result takes the type of the operand that it overwrites.
+        return result.to(filled[0].dtype) if mutates else result
+
+    return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
+
+
+def _extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
+    """The dimensions of a tensor, broadcast against `dims`, that run along a streamed axis."""
+    aligned = dims[len(dims) - tensor.dim() :]
+    return {index: dim.tag for index, dim in enumerate(aligned) if dim.tag is not None and tensor.size(index) != 1}
+
+
+def _misfit(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
+    if tensor.dim() > len(dims):
+        return NotLocal(f"is combined with a tensor of {tensor.dim()} dimensions, more than its own {len(dims)}")
+    aligned = dims[len(dims) - tensor.dim() :]
+    for index, tag in _extents(tensor, dims).items():
+        if aligned[index].size not in (None, tensor.size(index)):
+            return NotLocal(f"has {aligned[index].size} positions along {tag} and meets {tensor.size(index)} in a tensor")
+    return None
+
+
+def where(condition: Any, input: Any = None, other: Any = None) -> Local | NotLocal:
+    if input is None or other is None:
+        return NotLocal("returns the positions of the image's elements")
+    return pointwise(torch.where, condition, input, other)
+
+
+register(torch.where)(where)
+register("where")(lambda input, condition, other: where(condition, input, other))
+
+
+def cast(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
+    """Returns its argument itself where there is nothing to change."""
+    local = pointwise(function, *args, **kwargs)
+    return replace(local, aliases=args[0]) if isinstance(local, Local) and isinstance(args[0], Value) else local
+
+
+for _name in "bfloat16 bool contiguous detach double float half int long type_as".split():
+    register(_name)(partial(cast, getattr(torch.Tensor, _name)))
+
+
+_NAMES = """
+    abs absolute acos acosh add addcdiv addcmul arctan arctan2 asin asinh atan atan2 bitwise_and bitwise_not bitwise_or
+    bitwise_xor ceil celu clamp clamp_max clamp_min clip clone copysign cos cosh deg2rad digamma div divide elu eq erf
+    erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt
+    hardshrink hardsigmoid hardswish hardtanh hypot isclose isfinite isinf isnan ldexp le leaky_relu lerp less less_equal
+    lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid lt
+    masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative nextafter not_equal positive pow rad2deg
+    reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide trunc xlogy
+""".split()
+
+
+def _register(function: Callable[..., torch.Tensor], target: Any, mutates: bool = False) -> None:
+    position = _position_of_inplace(function)
+
+    @register(target)
+    def rule(*args: Any, inplace: bool = False, **kwargs: Any) -> Local | NotLocal:
+        if position is not None and len(args) > position:
+            args, inplace = args[:position], args[position]
+        return pointwise(function, *args, mutates=mutates or inplace, **kwargs)
+
+
+def _position_of_inplace(function: Callable[..., torch.Tensor]) -> int | None:
+    try:
+        return list(inspect.signature(function).parameters).index("inplace")
+    except ValueError:  # there is no such argument, or the function is built in and has none
+        return None
+
+
+for _name in _NAMES:
+    for _space in (torch, F, torch.Tensor):
+        if _function := getattr(_space, _name, None):
+            _register(_function, _name if _space is torch.Tensor else _function)
+            if _mutating := getattr(_space, f"{_name}_", None):
+                _register(_function, f"{_name}_" if _space is torch.Tensor else _mutating, mutates=True)
+
+for _name in "add sub mul truediv floordiv mod pow and_ or_ xor".split():
+    _register(getattr(operator, _name), getattr(operator, _name))
+    _register(getattr(operator, _name), getattr(operator, f"i{_name.rstrip('_')}"), mutates=True)
+for _name in "neg pos invert abs eq ne lt le gt ge".split():
+    _register(getattr(operator, _name), getattr(operator, _name))
+
+
+# Activations: module, function, and the module's attributes that are the function's arguments.
+_ACTIVATIONS: list[tuple[type[nn.Module], Callable[..., torch.Tensor], tuple[str, ...]]] = [
+    (nn.CELU, F.celu, ("alpha",)),
+    (nn.ELU, F.elu, ("alpha",)),
+    (nn.GELU, F.gelu, ("approximate",)),
+    (nn.Hardshrink, F.hardshrink, ("lambd",)),
+    (nn.Hardsigmoid, F.hardsigmoid, ()),
+    (nn.Hardswish, F.hardswish, ()),
+    (nn.Hardtanh, F.hardtanh, ("min_val", "max_val")),
+    (nn.LeakyReLU, F.leaky_relu, ("negative_slope",)),
+    (nn.LogSigmoid, F.logsigmoid, ()),
+    (nn.Mish, F.mish, ()),
+    (nn.ReLU, F.relu, ()),
+    (nn.ReLU6, F.relu6, ()),
+    (nn.SELU, F.selu, ()),
+    (nn.Sigmoid, torch.sigmoid, ()),
+    (nn.SiLU, F.silu, ()),
+    (nn.Softplus, F.softplus, ("beta", "threshold")),
+    (nn.Softshrink, F.softshrink, ("lambd",)),
+    (nn.Softsign, F.softsign, ()),
+    (nn.Tanh, torch.tanh, ()),
+    (nn.Tanhshrink, F.tanhshrink, ()),
+    (nn.Threshold, F.threshold, ("threshold", "value")),
+]
+
+
+def _register_activation(
+    module_type: type[nn.Module], function: Callable[..., torch.Tensor], attributes: tuple[str, ...]
+) -> None:
+    @register(module_type)
+    def rule(m: Any, input: Value) -> Local | NotLocal:
+        # Some of torch's functions take these by keyword only, and some by position only.
+        options = {name: getattr(m, name) for name in attributes}
+        by_keyword = attributes == ("approximate",)
+        args, kwargs = ((), options) if by_keyword else (tuple(options.values()), {})
+        return pointwise(function, input, *args, mutates=getattr(m, "inplace", False), **kwargs)
+
+
+for _activation in _ACTIVATIONS:
+    _register_activation(*_activation)
+
+
+@register(nn.RReLU)
+def rrelu_module(m: Any, input: Value) -> Local | NotLocal:
+    return rrelu(input, m.lower, m.upper, m.training, m.inplace)
+
+
+@register(F.rrelu)
+def rrelu(
+    input: Value, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Local | NotLocal:
+    if training:
+        return NotLocal("draws random slopes in training mode", "call .eval() on it")
+    return pointwise(F.leaky_relu, input, (lower + upper) / 2, mutates=inplace)
+
+
+@register(nn.PReLU)
+def prelu_module(m: Any, input: Value) -> Local | NotLocal:
+    return prelu(input, m.weight)
+
+
+@register(F.prelu, torch.prelu, "prelu")
+def prelu(input: Value, weight: Any) -> Local | NotLocal:
+    # One slope for everything, or one a channel: dimension 1, which must be whole then.
+    if isinstance(weight, (Value, Unknown)):
+        return NotLocal("has slopes that are not known before the call")
+    if weight.numel() > 1 and (tags := input.tags([1])):
+        return NotLocal(f"has its channels along the streamed axis {tags[0]}")
+    return Local((input,), input.dims, lambda block: F.prelu(block, weight))

@@ -1,0 +1,147 @@
+"""Pooling over windows; pooling over the whole image is in `whole.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..axes import Value
+from ..window import Sliding, Span
+from .border import fit
+from .conv import image_problem, per_axis
+from .registry import Local, NotLocal, register
+
+_MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _windows(axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> dict[int, Sliding]:
+    strides = per_axis(kernel if stride is None or stride == () else stride, axes)
+    sizes = zip(per_axis(kernel, axes), strides, per_axis(padding, axes), per_axis(dilation, axes), strict=True)
+    return {axis: Sliding(k, s, d, p, p, ceil_mode=ceil_mode) for axis, (k, s, p, d) in enumerate(sizes, start=2)}
+
+
+def _oversized_padding(windows: dict[int, Sliding]) -> NotLocal | None:
+    """torch's own condition on the padding of a pooling."""
+    if any(window.before > window.extent // 2 for window in windows.values()):
+        return NotLocal("pads by more than half of its kernel, which torch refuses")
+    return None
+
+
+def max_pooling(
+    axes: int, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, return_indices: bool
+) -> Local | NotLocal:
+    if problem := image_problem(x, axes, "has its channels"):
+        return problem
+    if return_indices:
+        return NotLocal("returns indices, which are positions in the whole image", "use return_indices=False")
+    windows = _windows(axes, kernel, stride, padding, dilation, ceil_mode)
+    if problem := _oversized_padding(windows):
+        return problem
+    kernels, strides, dilations = zip(*((w.kernel, w.stride, w.dilation) for w in windows.values()), strict=True)
+    function = _MAX[axes]
+
+    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        # The native padding before the block picks, among rows of the lowest value, a real one for the gradient.
+        # It pads behind as well: further outputs there are cut off.
+        padding = tuple(span.pad[0] for span in spans)
+        behind = tuple(span._replace(pad=(0, span.pad[1])) for span in spans)
+        padded = fit(block, behind, value=_lowest(block.dtype))
+        pooled = function(padded, kernels, strides, padding, dilations)
+        return pooled[(..., *(slice(0, span.stop - span.start) for span in spans))]
+
+    return Local((x,), x.slid(windows), run, dict(windows))
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return -float("inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def average_pooling(
+    axes: int,
+    x: Value,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Local | NotLocal:
+    if problem := image_problem(x, axes, "has its channels"):
+        return problem
+    windows = _windows(axes, kernel, stride, padding, 1, ceil_mode)
+    if problem := _oversized_padding(windows):
+        return problem
+    kernels, strides = zip(*((w.kernel, w.stride) for w in windows.values()), strict=True)
+    function = _AVG[axes]
+    margins = [window.before if count_include_pad else 0 for window in windows.values()]
+
+    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        means = function(fit(block, spans), kernels, strides)
+        for dim, (window, span, margin) in enumerate(zip(windows.values(), spans, margins, strict=True), start=2):
+            counts = _counts(window, span, margin) if divisor_override is None else [window.kernel]
+            if any(count != window.kernel for count in counts):
+                weights = torch.tensor(counts, dtype=means.dtype, device=means.device)
+                means = means * (window.kernel / weights).view(-1, *(1,) * (means.dim() - dim - 1))
+        if divisor_override is not None:
+            elements = 1
+            for size in kernels:
+                elements *= size
+            means = means * (elements / divisor_override)
+        return means
+
+    return Local((x,), x.slid(windows), run, dict(windows))
+
+
+def _counts(window: Sliding, span: Span, margin: int) -> list[int]:
+    """How many rows under each window count: those of the image and `margin` rows of padding on both sides.
+
+    torch.nn.AvgPool2d: the overhang of ceil_mode never counts.
+    """
+    starts = (row * window.stride - window.before for row in range(span.start, span.stop))
+    return [min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts]
+
+
+def _register_pooling(axes: int, max_type: type[nn.Module], avg_type: type[nn.Module], maxes: Any, averages: Any) -> None:
+    @register(*maxes, spatial=axes)
+    def max_function(
+        input: Value,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Local | NotLocal:
+        return max_pooling(axes, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+
+    @register(max_type, spatial=axes)
+    def max_module(m: Any, input: Value) -> Local | NotLocal:
+        return max_pooling(axes, input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+
+    @register(*averages, spatial=axes)
+    def average_function(
+        input: Value,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Local | NotLocal:
+        return average_pooling(axes, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+    @register(avg_type, spatial=axes)
+    def average_module(m: Any, input: Value) -> Local | NotLocal:
+        divisor = getattr(m, "divisor_override", None)  # AvgPool1d has none
+        return average_pooling(
+            axes, input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor
+        )
+
+
+_register_pooling(1, nn.MaxPool1d, nn.AvgPool1d, (F.max_pool1d, torch.max_pool1d), (F.avg_pool1d,))
+_register_pooling(2, nn.MaxPool2d, nn.AvgPool2d, (F.max_pool2d, torch.max_pool2d), (F.avg_pool2d,))
+_register_pooling(3, nn.MaxPool3d, nn.AvgPool3d, (F.max_pool3d, torch.max_pool3d), (F.avg_pool3d,))

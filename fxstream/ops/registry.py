@@ -1,0 +1,121 @@
+"""The registry: one rule for every operation that can stream, and the words in which a rule speaks.
+
+A rule is called as the operation is, with a `Value` for each tensor that depends on the image and everything else
+as it is (a module's rule gets the module first). It answers `Local`: the operands, the windows and how to run on
+a block; or `NotLocal`: why not, and the way out. Rules run once at conversion, with sizes unknown, and once at every
+call, so that nothing of a module is captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from ..axes import Dim, Value
+from ..window import IDENTITY, Window
+
+Target = type | Callable[..., Any] | str
+RuleFunction = TypeVar("RuleFunction", bound=Callable[..., "Local | NotLocal"])
+
+
+@dataclass(frozen=True, eq=False)
+class Sliced:
+    """A tensor that does not depend on the image but has its extent: each block gets its own rows of it.
+
+    `dims` maps the tensor's dimensions to streamed axes.
+    """
+
+    tensor: torch.Tensor
+    dims: Mapping[int, str]
+
+
+class Unknown(NamedTuple):
+    """At conversion, a value that does not depend on the image and whose shape cannot be known before a call."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Local:
+    """An operation that is local along every streamed axis."""
+
+    operands: tuple[Value | Sliced, ...]
+    """What `run` gets, as blocks, in this order."""
+    dims: tuple[Dim, ...]
+    """Dimensions of the result."""
+    run: Callable[..., torch.Tensor]
+    """`run(*blocks, *spans)`: the operation on blocks, with a Span for every window, in the order of `windows`."""
+    windows: Mapping[int, Window] = field(default_factory=dict)
+    """Dimension of the operands -> window; any other streamed dimension has the identity."""
+    mutates: Value | None = None
+    """The operand that the operation overwrites. `run` itself never writes into a block."""
+    aliases: Value | None = None
+    """The operand of which the result is a view or which it is itself."""
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The operands that depend on the image."""
+        return tuple(operand for operand in self.operands if isinstance(operand, Value))
+
+    def window(self, value: Value, axis: str) -> Window:
+        """The window through which the operation reads one of its operands along a streamed axis."""
+        return self.windows.get(value.position(axis), IDENTITY)
+
+
+@dataclass(frozen=True)
+class NotLocal:
+    """Why an operation cannot be streamed, and what the user can do about it."""
+
+    reason: str
+    way_out: str = ""
+    error: type[Exception] | None = None
+    """The error to raise if this is found out only at a call."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    function: Callable[..., Local | NotLocal]
+    spatial: int | None
+    """Number of spatial axes that the operation is made for."""
+    signature: inspect.Signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Local | NotLocal:
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return NotLocal(f"is called with arguments that its streaming rule does not cover ({error})")
+        return self.function(*args, **kwargs)
+
+
+_RULES: dict[Target, Rule] = {}
+
+
+def register(*targets: Target, spatial: int | None = None) -> Callable[[RuleFunction], RuleFunction]:
+    """Declare the rule of one or several operations.
+
+    Args:
+        targets: module classes (exactly these: a subclass may have its own forward), functions as torch.fx records
+            them, names of tensor methods.
+        spatial: the number of spatial axes, for operations that fix it (2 for Conv2d).
+    """
+
+    def declare(function: RuleFunction) -> RuleFunction:
+        rule = Rule(function, spatial, inspect.signature(function))
+        for target in targets:
+            _RULES[target] = rule
+        return function
+
+    return declare
+
+
+def rule_for(target: Target) -> Rule | None:
+    """The rule of a module class, a function or a tensor method."""
+    try:
+        return _RULES.get(target)
+    except TypeError:  # not hashable
+        return None
+

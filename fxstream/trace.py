@@ -1,0 +1,191 @@
+"""Tracing: an fx graph that says as much as the model's forward does.
+
+Three things differ from `torch.fx.symbolic_trace`. In-place operators (`x += y`) are recorded as such instead of
+as their out-of-place twins. A module's `training` flag is recorded as a `get_attr`, so that it is read at every
+call; where it decides the control flow, the decision is noted as a guard. A module that cannot be traced, has hooks
+or is a streamable operation stays one call.
+"""
+
+from __future__ import annotations
+
+import operator
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import Proxy
+from torch.nn.utils.parametrize import is_parametrized
+
+from .errors import TraceError
+from .ops import rule_for
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs when the module is called, apart from its own forward."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+@dataclass
+class Trace:
+    """A traced model."""
+
+    root: nn.Module
+    graph: fx.Graph
+    entered: list[str]
+    """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    guards: dict[str, bool]
+    """Path of a module -> training flag, where the flag decided what was traced."""
+    opaque: dict[str, str] = field(default_factory=dict)
+    """Path of a module that could not be traced through -> why."""
+
+
+class _Proxy(Proxy):
+    """A proxy that records in-place operators, which Python would otherwise turn into `x = x + y`."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _inplace(name: str) -> Callable[[_Proxy, Any], Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _inplace(_name))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, opaque: dict[str, str]):
+        super().__init__()
+        self.opaque = opaque
+        self.guards: dict[str, bool] = {}
+        self.entered: list[str] = []
+        self.stack: list[str] = []
+        self.failed_in: str | None = None
+        self.classes: dict[nn.Module, type] = {}
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if has_hooks(m) or module_qualified_name in self.opaque:
+            return True
+        if is_parametrized(m):
+            return False
+        return rule_for(self.classes.get(m, type(m))) is not None or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.entered.append(path)
+        self.stack.append(path)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or path
+            raise
+        self.stack.pop()
+        return result
+
+    def to_bool(self, obj: Proxy) -> bool:
+        if obj.node in self.flags:
+            path, value = self.flags[obj.node]
+            self.guards[path] = value
+            return value
+        return super().to_bool(obj)
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
+        self.flags: dict[fx.Node, tuple[str, bool]] = {}
+        with self._watched_flags(root):
+            return super().trace(root, concrete_args)
+
+    @contextmanager
+    def _watched_flags(self, root: nn.Module) -> Iterator[None]:
+        """For the time of tracing, reading `module.training` gives a proxy in every module of the user's own."""
+        for path, module in root.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) or rule_for(type(module)) is not None:
+                continue
+            if module is not root and super().is_leaf_module(module, path) and not is_parametrized(module):
+                continue
+            self.classes[module] = type(module)
+            module.__class__ = self._watched(type(module), path)
+        try:
+            yield
+        finally:
+            for module, original in self.classes.items():
+                module.__class__ = original
+
+    def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
+        def training(module: nn.Module) -> Any:
+            if not hasattr(self, "graph"):
+                return module.__dict__["training"]
+            flag = self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
+            self.flags[flag.node] = (path, module.__dict__["training"])
+            return flag
+
+        def set_training(module: nn.Module, value: bool) -> None:
+            module.__dict__["training"] = value
+
+        names = {"training": property(training, set_training), "__module__": original.__module__}
+        return type(original.__name__, (original,), names)
+
+
+def trace(model: nn.Module) -> Trace:
+    """Trace a model. Raises TraceError if its own forward cannot be traced."""
+    opaque: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:
+            if tracer.failed_in is None:
+                raise TraceError(_explain(model, error)) from error
+            # The model around it may be traceable: leave this module as one call.
+            opaque[tracer.failed_in] = f"torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
+            continue
+        _remove_unused_flags(graph, tracer)
+        return Trace(model, graph, tracer.entered, tracer.guards, opaque)
+
+
+def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:
+    for node in tracer.flags:
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _where(error: Exception) -> str:
+    """The last line of the user's own code on the way to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("fxstream/trace.py")]
+    frame = own[-1] if own else frames[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    return (
+        f"torch.fx cannot trace {type(model).__name__}.forward: {_first_line(error)}\n"
+        f"  at {_where(error)}\n"
+        "Way out: keep data-dependent control flow out of this forward. Move it into a submodule, which then stays "
+        "one call behind the streamed part, or mark a function with torch.fx.wrap."
+    )

@@ -1,0 +1,84 @@
+"""The module tree of a converted model: the original's, module by module, with parameters and buffers shared."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+
+from .serialize import dump_graph, load_graph
+from .stream import Streamed
+
+_OWN = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+"""The registries that torch.nn.Module gives every module: parameters, buffers, submodules, hooks."""
+
+
+def mirror(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A shallow copy of a module tree: modules of its own, the same Parameters and buffer tensors.
+
+    A module that stands in several places stays one module.
+    """
+    if id(module) not in memo:
+        twin = memo[id(module)] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        _mirror_registries(twin, module, memo)
+    return memo[id(module)]
+
+
+def _mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Module]) -> None:
+    for name in _OWN:
+        if name in vars(module):  # a module pickled by an older torch may lack some
+            vars(twin)[name] = copy.copy(vars(module)[name])
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else mirror(child, memo)
+
+
+class Converted(fx.GraphModule):
+    """What `fxstream.convert` returns: the module tree of the original, the outer graph, and the submodule `streamed`."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, name: str, streamed: Streamed):
+        super().__init__({}, fx.Graph(), type(model).__name__)
+        _mirror_registries(self, model, {id(model): self})
+        self.training = streamed.training = model.training
+        self._streamed_name = name
+        self.add_module(name, streamed)
+        self._adopt(graph)
+
+    def _adopt(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._streamed.bind(self)
+
+    @property
+    def _streamed(self) -> Streamed:
+        found = self._modules[self._streamed_name]
+        assert isinstance(found, Streamed)
+        return found
+
+    @property
+    def tile_shape(self) -> tuple[int | None, ...]:
+        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed."""
+        return self._streamed.settings.tile_shape
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
+        # GraphModule's own would keep only those modules that the graph calls.
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
+        twin._adopt(copy.deepcopy(self._graph, memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Likewise, and GraphModule's own would trace the generated code anew.
+        state = {name: value for name, value in vars(self).items() if name != "_graph"}
+        return _blank, (type(self).__name__,), {**state, "_graph": dump_graph(self._graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = state.pop("_graph")
+        vars(self).update(state)
+        self._adopt(load_graph(graph))
+
+
+def _blank(class_name: str) -> Converted:
+    converted = Converted.__new__(Converted)
+    type(converted).__name__ = class_name
+    return converted
