@@ -86,7 +86,8 @@ class Analysis:
         names: the image's dimensions, such as ("N", "C", "H", "W").
         axes: the streamed ones among them, such as ("H", "W").
         graph: a networkx.DiGraph over node names. Nodes carry `status`, `operation` and `receptive_field` (a dict axis
-            -> ReceptiveField, or None where it is undefined); edges between local nodes carry `windows` (axis -> Window).
+            -> ReceptiveField, or None where it is undefined); edges between local nodes carry `windows` (a dict axis ->
+            Window).
         outputs: the nodes whose values the streamed part hands to the head.
         stops: the findings at which streaming stops.
     """
@@ -125,7 +126,7 @@ class Analysis:
 
 def image_node(graph: fx.Graph, name: str | None) -> fx.Node:
     """The placeholder that is streamed."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders: list[fx.Node] = [node for node in graph.nodes if node.op == "placeholder"]
     if not placeholders:
         raise StreamingError("the model's forward takes no argument that could be the image")
     if name is None:
@@ -145,9 +146,13 @@ def image_names(trace: Trace, example_input: torch.Tensor | None) -> tuple[str, 
         if rule is not None and rule.spatial is not None:
             return axis_names(rule.spatial)
     if example_input is None:
-        raise TileShapeError("the model does not tell how many spatial axes its image has. Way out: give an example_input")
+        raise TileShapeError(
+            "the model does not tell how many spatial axes its image has. Way out: give an example_input"
+        )
     if not 3 <= example_input.dim() <= 5:
-        raise TileShapeError(f"example_input has {example_input.dim()} dimensions; an image has 3 to 5: (N, C, *spatial)")
+        raise TileShapeError(
+            f"example_input has {example_input.dim()} dimensions; an image has 3 to 5: (N, C, *spatial)"
+        )
     return axis_names(example_input.dim() - 2)
 
 
@@ -289,8 +294,8 @@ def _outputs(findings: list[Finding]) -> list[fx.Node]:
     return [finding.node for finding in findings if finding.status == "local" and finding.node in crossing]
 
 
-def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph:
-    graph = nx.DiGraph()
+def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
+    graph: nx.DiGraph[str] = nx.DiGraph()
     for finding in findings:
         name = finding.node.name
         graph.add_node(name, status=finding.status, operation=finding.operation, receptive_field=None)
@@ -302,12 +307,13 @@ def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph:
     return graph
 
 
-def _receptive_field(graph: nx.DiGraph, name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
+def _receptive_field(graph: nx.DiGraph[str], name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
     status = graph.nodes[name]["status"]
     if status != "local":
         return dict.fromkeys(axes, ReceptiveField()) if status == "image" else None
     fields: dict[str, ReceptiveField] = {}
-    for source, _, windows in graph.in_edges(name, data="windows"):
+    for source in graph.predecessors(name):
+        windows: Mapping[str, Window] | None = graph.edges[source, name]["windows"]
         if windows is None:
             continue  # does not depend on the image
         seen = graph.nodes[source]["receptive_field"]

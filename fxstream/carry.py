@@ -78,12 +78,14 @@ class Stitch(torch.autograd.Function):
     def forward(ctx: Any, place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
         ctx.place = place
         ctx.has_block = block is not None
-        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in ((block,) if block is not None else parts)[:1]]
+        ctx.like = [
+            (tensor.shape, tensor.dtype, tensor.device) for tensor in ((block,) if block is not None else parts)[:1]
+        ]
         ctx.set_materialize_grads(False)
         return stitch(place, block, *parts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         place: Placement = ctx.place
         reads, keeps = grads[: len(place.reads)], grads[len(place.reads) :]

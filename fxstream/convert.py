@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
+from .call import Settings
 from .errors import NothingToStreamError, StreamingWarning, TileShapeError
 from .ops import rule_for
 from .partition import partition
-from .stream import Settings, Streamed
+from .stream import Streamed
 from .trace import trace
 from .tree import Converted
 
 
 def convert(
     model: nn.Module,
-    tile_shape: int | Sequence[int | None],
+    tile_shape: int | tuple[int | None, ...] | list[int | None],
     *,
     freeze_batchnorm: bool = False,
     image: str | None = None,
@@ -29,16 +29,17 @@ def convert(
 
     The streamed front is the maximal prefix of operations that are local along the streamed axes, with the modes that
     modules have now; the rest, the head, follows as it was. The converted model has modules of its own, with the
-    original's Parameters and buffers; nothing that is done to it changes the original's modes, graph or hooks. (Moving or
+    original's Parameters and buffers; nothing that is done to it changes the original's modes or hooks. (Moving or
     casting one of the two afterwards parts their buffers.)
 
     Args:
-        model: any module that torch.fx can trace, with an image (N, C, *spatial) among its arguments; 1 to 3 spatial axes.
+        model: any module that torch.fx can trace, with an image (N, C, *spatial) of 1 to 3 spatial axes among its
+            arguments.
         tile_shape: how many fresh image positions (pixels) enter per step and axis, not counting what is carried over
             from earlier tiles: one size for all spatial axes, one a spatial axis, `(H, W)`, or one a dimension,
-            `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time; C must be the image's number
-            of channels, or None. None elsewhere: this axis is not streamed. Any positive size works; axes are cut into
-            equal steps of at most that size.
+            `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time; C must be the image's
+            number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works; axes are
+            cut into equal steps of at most that size.
         freeze_batchnorm: streamed batch norms use their running statistics, and go on doing so whatever mode the model
             is put in. Their affine parameters still train.
         image: the name of the argument of `model.forward` that is streamed; the first by default.
@@ -89,13 +90,13 @@ def analyze(
     return Analysis(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm)
 
 
-def _tile_shape(tile_shape: int | Sequence[int | None], names: tuple[str, ...]) -> tuple[int | None, ...]:
+def _tile_shape(tile_shape: object, names: tuple[str, ...]) -> tuple[int | None, ...]:
     """One size a dimension, (N, C, *spatial)."""
     spatial = len(names) - 2
     forms = f"a size, ({', '.join(names[2:])}) or ({', '.join(names)})"
     if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
         sizes: tuple[int | None, ...] = (None, None, *(tile_shape,) * spatial)
-    elif not isinstance(tile_shape, Sequence) or isinstance(tile_shape, str):
+    elif not isinstance(tile_shape, (tuple, list)):
         raise TileShapeError(f"tile_shape must be {forms}, not {tile_shape!r}")
     elif len(tile_shape) == spatial:
         sizes = (None, None, *tile_shape)

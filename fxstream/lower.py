@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,11 +79,11 @@ def answer(
     `attributes` stand in for the module's; with `freeze` a batch norm uses its running statistics whatever its mode.
     Raises ImageTooSmallError where a window does not fit the image.
     """
-    rule = rule_for(type(module) if module is not None else node.target)  # type: ignore[arg-type]  # str or callable
+    rule = rule_for(type(module) if module is not None else node.target)
     if rule is None:
         return NotLocal(f"there is no streaming rule for {operation(node, module)}")
-    args = fx.node.map_arg(node.args, inputs)
-    kwargs = fx.node.map_arg(node.kwargs, inputs)
+    args: tuple[Any, ...]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
     if module is not None:
         frozen = {"training": False} if freeze and isinstance(module, _BatchNorm) else {}
         args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
@@ -115,36 +115,39 @@ class Step:
 def lower(
     graph: fx.Graph,
     image: Value,
+    differentiable: bool,
+    inputs: Sequence[Any],
+    modules: Mapping[str, nn.Module],
+    attributes: Mapping[str, Mapping[str, torch.Tensor]],
     axes: tuple[str, ...],
-    inputs: Mapping[fx.Node, Any],
-    modules: Callable[[str], nn.Module],
-    attributes: Mapping[str, Mapping[str, Any]],
     freeze: bool,
-    differentiable_image: bool,
 ) -> list[Step]:
-    """Lower the streamed graph. `inputs` holds what its placeholders but the first receive.
+    """Lower the streamed graph onto an image and `inputs`, what its placeholders but the first receive.
 
-    Raises NotLocalError or a more telling error where an operation is not local any more.
+    `attributes` are the tensors of each module. Raises NotLocalError, or the error that the rule names, where an
+    operation is not local any more.
     """
-    placeholder = next(iter(graph.nodes))
-    values: dict[fx.Node, Any] = {placeholder: replace(image, index=0), **inputs}
-    grads = {placeholder: differentiable_image}
+    first, *others = (node for node in graph.nodes if node.op == "placeholder")
+    entering = dict(zip(others, inputs, strict=True))
+    values: dict[fx.Node, Any] = {first: image, **entering}
+    trained = {node: requires_grad(value) for node, value in entering.items()} | {first: differentiable}
     steps: list[Step] = []
     for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
+        if not node.op.startswith("call"):
             continue
-        module = modules(str(node.target)) if node.op == "call_module" else None
-        borrowed = attributes.get(str(node.target), {}) if module is not None else {}
-        local = answer(node, values.__getitem__, module, borrowed, freeze)
+        path = str(node.target)
+        own = attributes[path] if node.op == "call_module" else {}
+        local = answer(node, values.__getitem__, modules[path] if node.op == "call_module" else None, own, freeze)
         if isinstance(local, NotLocal):
             raise (local.error or NotLocalError)(complaint(node, local))
-        used = (values[source] for source in node.all_input_nodes if source in inputs)
-        grads[node] = any(grads.get(source, False) for source in node.all_input_nodes) or any(
-            isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in (*used, *borrowed.values())
-        )
+        trained[node] = any(trained[source] for source in node.all_input_nodes) or any(map(requires_grad, own.values()))
         values[node] = Value(local.dims, index=len(steps) + 1)
-        steps.append(Step(node, local, tuple(_spans(local, axes)), grads[node]))
+        steps.append(Step(node, local, tuple(_spans(local, axes)), trained[node]))
     return steps
+
+
+def requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def complaint(node: fx.Node, problem: NotLocal) -> str:

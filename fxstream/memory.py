@@ -55,11 +55,13 @@ class Memory:
         for other in (target, *self._sharing(target)):
             for user in self._readers(other):
                 if self._order[user] < self._order[node] and in_head(user):
-                    return NotLocal(f"overwrites a value that {label(user)}, which is not streamed, may share", _WAY_OUT)
+                    return NotLocal(
+                        f"overwrites a value that {label(user)}, which is not streamed, may share", _WAY_OUT
+                    )
         return None
 
     def spoil(self, node: fx.Node, sources: list[fx.Node]) -> fx.Node | None:
-        """The head's `node` writes into values. Returns one that must not be streamed, since the head sees it change."""
+        """The head's `node` writes into values. Returns one that must not be streamed: the head sees it change."""
         for source in sources:
             if source not in self._home:
                 continue

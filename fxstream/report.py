@@ -31,5 +31,3 @@ def _row(analysis: Analysis, finding: Finding) -> list[str]:
 
 def _by_axis(numbers: list[int]) -> str:
     return str(numbers[0]) if len(set(numbers)) == 1 else " x ".join(map(str, numbers))
-
-

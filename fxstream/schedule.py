@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from .window import Span, Window
@@ -39,11 +39,12 @@ class SizeError(ValueError):
 
 
 class Past(NamedTuple):
-    """Rows computed `offset` steps ago: `src` in that step's block, of which `skip` rows were not kept; `dst` in the region."""
+    """Rows of an earlier step: rows `src` of the block that was computed `offset` steps ago, at `dst` of the region."""
 
     offset: int
     src: Range
     skip: int
+    """So many rows at the beginning of that block were not kept."""
     dst: Range
 
 
@@ -104,12 +105,15 @@ def schedule(program: Program, size: int, tile: int) -> Axis:
     spans = [
         [
             tuple(window.span(start, stop, sizes[producer]) for producer, window in edges) if stop > start else None
-            for start, stop in zip(rows, rows[1:], strict=False)
+            for start, stop in pairwise(rows)
         ]
         for edges, rows in zip(program, frontier, strict=True)
     ]
     steps = [
-        [_axis_step(frontier[value], tail[value], step, _reads(spans, who, step)) for step in range(len(frontier[0]) - 1)]
+        [
+            _axis_step(frontier[value], tail[value], step, _reads(spans, who, step))
+            for step in range(len(frontier[0]) - 1)
+        ]
         for value, who in enumerate(readers(program))
     ]
     last = [

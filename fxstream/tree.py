@@ -35,7 +35,7 @@ def _mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Mo
 
 
 class Converted(fx.GraphModule):
-    """What `fxstream.convert` returns: the module tree of the original, the outer graph, and the submodule `streamed`."""
+    """What `fxstream.convert` returns: the original's module tree, the outer graph, and the submodule `streamed`."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph, name: str, streamed: Streamed):
         super().__init__({}, fx.Graph(), type(model).__name__)
@@ -62,7 +62,8 @@ class Converted(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         # GraphModule's own would keep only those modules that the graph calls.
-        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin: Converted = type(self).__new__(type(self))
+        memo[id(self)] = twin
         vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
         twin._adopt(copy.deepcopy(self._graph, memo))
         return twin
@@ -79,6 +80,6 @@ class Converted(fx.GraphModule):
 
 
 def _blank(class_name: str) -> Converted:
-    converted = Converted.__new__(Converted)
+    converted: Converted = Converted.__new__(Converted)
     type(converted).__name__ = class_name
     return converted

@@ -33,7 +33,15 @@ def image_problem(x: Value, axes: int, name: str) -> NotLocal | None:
 
 
 def convolution(
-    axes: int, x: Value, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str = "zeros"
+    axes: int,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    mode: str = "zeros",
 ) -> Local | NotLocal:
     if problem := image_problem(x, axes, "mixes channels"):
         return problem
@@ -76,7 +84,13 @@ def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) 
 def _register_convolution(axes: int, module_type: type[nn.Module], *functions: Any) -> None:
     @register(*functions, spatial=axes)
     def function_rule(
-        input: Value, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        input: Value,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Local | NotLocal:
         return convolution(axes, input, weight, bias, stride, padding, dilation, groups)
 

@@ -22,7 +22,9 @@ def batch_norm(
     if (training or mean is None) and (tags := x.tags()):
         why = "is in training mode" if training else "has no running statistics"
         return NotLocal(
-            f"{why} and needs the mean and variance over the streamed axes {', '.join(tags)}", way_out, BatchNormModeError
+            f"{why} and needs the mean and variance over the streamed axes {', '.join(tags)}",
+            way_out,
+            BatchNormModeError,
         )
     if training or mean is None:
         return NotLocal("updates its running statistics", way_out, BatchNormModeError)

@@ -17,16 +17,20 @@ from ..axes import Dim, Value, broadcast
 from .registry import Local, NotLocal, Sliced, Unknown, register
 
 
-def pointwise(function: Callable[..., torch.Tensor], *args: Any, mutates: bool = False, **kwargs: Any) -> Local | NotLocal:
+def pointwise(
+    function: Callable[..., torch.Tensor], *args: Any, mutates: bool = False, **kwargs: Any
+) -> Local | NotLocal:
     """The rule of any element-wise function with broadcasting; `function` must not write into its arguments."""
-    named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    named: dict[int | str, Any] = dict(enumerate(args)) | kwargs
     values = [arg for arg in named.values() if isinstance(arg, Value)]
     if "out" in kwargs:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
     if (dims := broadcast(values)) is None:
         return NotLocal("combines values whose streamed axes are not aligned")
     if mutates and not isinstance(args[0], Value):
-        return NotLocal("writes values of the image into a tensor that does not depend on it", "use the out-of-place form")
+        return NotLocal(
+            "writes values of the image into a tensor that does not depend on it", "use the out-of-place form"
+        )
     operands: dict[int | str, Value | Sliced] = {}
     for name, arg in named.items():
         if isinstance(arg, Value):
@@ -39,7 +43,7 @@ def pointwise(function: Callable[..., torch.Tensor], *args: Any, mutates: bool =
                 operands[name] = Sliced(arg, extents)
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
-        filled = {**named, **dict(zip(operands, blocks, strict=True))}
+        filled = named | dict(zip(operands, blocks, strict=True))
         result = function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
         # In place, the result takes the type of the operand that it overwrites.
         return result.to(filled[0].dtype) if mutates else result
@@ -59,7 +63,9 @@ def _misfit(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
     aligned = dims[len(dims) - tensor.dim() :]
     for index, tag in _extents(tensor, dims).items():
         if aligned[index].size not in (None, tensor.size(index)):
-            return NotLocal(f"has {aligned[index].size} positions along {tag} and meets {tensor.size(index)} in a tensor")
+            return NotLocal(
+                f"has {aligned[index].size} positions along {tag} and meets {tensor.size(index)} in a tensor"
+            )
     return None
 
 
@@ -84,14 +90,15 @@ for _name in "bfloat16 bool contiguous detach double float half int long type_as
 
 
 _NAMES = """
-    abs absolute acos acosh add addcdiv addcmul arctan arctan2 asin asinh atan atan2 bitwise_and bitwise_not bitwise_or
-    bitwise_xor ceil celu clamp clamp_max clamp_min clip clone copysign cos cosh deg2rad digamma div divide elu eq erf
-    erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt
-    hardshrink hardsigmoid hardswish hardtanh hypot isclose isfinite isinf isnan ldexp le leaky_relu lerp less less_equal
-    lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit logsigmoid lt
-    masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative nextafter not_equal positive pow rad2deg
-    reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
-    softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide trunc xlogy
+    abs absolute acos acosh add addcdiv addcmul arctan arctan2 asin asinh atan atan2 bitwise_and bitwise_not
+    bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip clone copysign cos cosh deg2rad digamma div
+    divide elu eq erf erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu
+    greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh hypot isclose isfinite isinf isnan ldexp le
+    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not
+    logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg
+    negative nextafter not_equal positive pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn
+    sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh
+    tanhshrink threshold true_divide trunc xlogy
 """.split()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,7 +53,9 @@ def max_pooling(
         behind = tuple(span._replace(pad=(0, span.pad[1])) for span in spans)
         padded = fit(block, behind, value=_lowest(block.dtype))
         pooled = function(padded, kernels, strides, padding, dilations)
-        return pooled[(..., *(slice(0, span.stop - span.start) for span in spans))]
+        for dim, span in enumerate(spans, start=2):
+            pooled = pooled.narrow(dim, 0, span.stop - span.start)
+        return pooled
 
     return Local((x,), x.slid(windows), run, dict(windows))
 
@@ -82,30 +86,28 @@ def average_pooling(
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
         means = function(fit(block, spans), kernels, strides)
         for dim, (window, span, margin) in enumerate(zip(windows.values(), spans, margins, strict=True), start=2):
-            counts = _counts(window, span, margin) if divisor_override is None else [window.kernel]
+            counts = _counts(window, span, margin) if divisor_override is None else (window.kernel,)
             if any(count != window.kernel for count in counts):
                 weights = torch.tensor(counts, dtype=means.dtype, device=means.device)
                 means = means * (window.kernel / weights).view(-1, *(1,) * (means.dim() - dim - 1))
-        if divisor_override is not None:
-            elements = 1
-            for size in kernels:
-                elements *= size
-            means = means * (elements / divisor_override)
-        return means
+        return means if divisor_override is None else means * (math.prod(kernels) / divisor_override)
 
     return Local((x,), x.slid(windows), run, dict(windows))
 
 
-def _counts(window: Sliding, span: Span, margin: int) -> list[int]:
+@lru_cache(maxsize=4096)
+def _counts(window: Sliding, span: Span, margin: int) -> tuple[int, ...]:
     """How many rows under each window count: those of the image and `margin` rows of padding on both sides.
 
     torch.nn.AvgPool2d: the overhang of ceil_mode never counts.
     """
     starts = (row * window.stride - window.before for row in range(span.start, span.stop))
-    return [min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts]
+    return tuple(min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts)
 
 
-def _register_pooling(axes: int, max_type: type[nn.Module], avg_type: type[nn.Module], maxes: Any, averages: Any) -> None:
+def _register_pooling(
+    axes: int, max_type: type[nn.Module], avg_type: type[nn.Module], maxes: Any, averages: Any
+) -> None:
     @register(*maxes, spatial=axes)
     def max_function(
         input: Value,
@@ -132,7 +134,9 @@ def _register_pooling(axes: int, max_type: type[nn.Module], avg_type: type[nn.Mo
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Local | NotLocal:
-        return average_pooling(axes, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return average_pooling(
+            axes, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
 
     @register(avg_type, spatial=axes)
     def average_module(m: Any, input: Value) -> Local | NotLocal:

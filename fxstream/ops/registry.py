@@ -118,4 +118,3 @@ def rule_for(target: Target) -> Rule | None:
         return _RULES.get(target)
     except TypeError:  # not hashable
         return None
-

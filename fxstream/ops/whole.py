@@ -44,7 +44,9 @@ def _reduction(name: str, function: Any) -> None:
             return NotLocal(f"takes the {name} along the streamed axis {' and '.join(tags)}")
         kept = [(i, d) for i, d in enumerate(input.resized(dict.fromkeys(reduced, 1))) if keepdim or i not in reduced]
         return Local(
-            (input,), tuple(d for _, d in kept), lambda block: function(block, tuple(reduced), keepdim=keepdim, **options)
+            (input,),
+            tuple(d for _, d in kept),
+            lambda block: function(block, tuple(reduced), keepdim=keepdim, **options),
         )
 
 

@@ -1,0 +1,124 @@
+"""One call of the streamed submodule: everything that it hangs on but its tensors, which autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .axes import Dim, Value
+from .errors import ImageTooSmallError
+from .lower import Step, label, lower, program
+from .schedule import Grid, SizeError, schedule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversion fixed."""
+
+    names: tuple[str, ...]
+    """The image's dimensions, such as ("N", "C", "H", "W")."""
+    tile_shape: tuple[int | None, ...]
+    """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
+    freeze_batchnorm: bool
+    guards: Mapping[str, bool]
+    """Path of a module -> the training flag that the traced control flow relies on."""
+    entered: tuple[str, ...]
+    """Paths of modules whose operations are in the graphs without a call of the module."""
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """The streamed axes and the size of a tile along each."""
+        sizes = zip(self.names, self.tile_shape, strict=True)
+        return {name: size for name, size in sizes if size is not None and name != "C"}
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The streamed axes."""
+        return tuple(self.tiles)
+
+
+class _Slot:
+    """Stands for a tensor among the inputs of a call."""
+
+
+_SLOT = _Slot()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call. Its tensors, in order: the image, the tensors among its other inputs, the state of its modules."""
+
+    graph: fx.Graph
+    settings: Settings
+    modules: Mapping[str, nn.Module]
+    shape: tuple[int, ...]
+    inputs: tuple[Any, ...]
+    """What enters besides the image, with a slot in place of each tensor."""
+    state: tuple[tuple[str, str], ...]
+    """(path of the module, name) of every parameter and buffer."""
+    autocast: tuple[dict[str, Any], ...]
+    """The autocast regions in which the call was made."""
+
+    @contextmanager
+    def as_in_forward(self) -> Iterator[None]:
+        """Enter the autocast regions of the call again."""
+        with ExitStack() as stack:
+            for options in self.autocast:
+                stack.enter_context(torch.autocast(**options))
+            yield
+
+    def steps(self, tensors: Sequence[torch.Tensor]) -> list[Step]:
+        """Lower the graph onto the call's tensors, or onto aliases of them."""
+        rest = iter(tensors[1:])
+        inputs = [next(rest) if value is _SLOT else value for value in self.inputs]
+        attributes: dict[str, dict[str, torch.Tensor]] = {path: {} for path in self.modules}
+        for (path, name), tensor in zip(self.state, rest, strict=True):
+            attributes[path][name] = tensor
+        axes = self.settings.axes
+        sizes = zip(self.settings.names, self.shape, strict=True)
+        image = Value(tuple(Dim(name if name in axes else None, size) for name, size in sizes), index=0)
+        differentiable = tensors[0].requires_grad
+        return lower(
+            self.graph, image, differentiable, inputs, self.modules, attributes, axes, self.settings.freeze_batchnorm
+        )
+
+    def grid(self, steps: Sequence[Step]) -> Grid:
+        """The schedule of all streamed axes. Raises ImageTooSmallError."""
+        sizes = dict(zip(self.settings.names, self.shape, strict=True))
+        planned = []
+        for axis, tile in self.settings.tiles.items():
+            try:
+                planned.append(schedule(program(steps, axis), sizes[axis], tile))
+            except SizeError as error:
+                where = label(steps[error.value - 1].node)
+                raise ImageTooSmallError(f"{where}, along {axis} of an image of {sizes[axis]}: {error}") from None
+        return Grid(tuple(planned))
+
+
+def prepare(
+    graph: fx.Graph, settings: Settings, modules: Mapping[str, nn.Module], image: torch.Tensor, inputs: Sequence[Any]
+) -> tuple[Call, list[torch.Tensor]]:
+    """A call and its tensors, read from the modules as they are now."""
+    state = {(path, name): tensor for path, module in modules.items() for name, tensor in _tensors(module).items()}
+    template = tuple(_SLOT if isinstance(value, torch.Tensor) else value for value in inputs)
+    autocast = tuple(
+        {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for device in dict.fromkeys(("cpu", image.device.type))
+    )
+    call = Call(graph, settings, modules, tuple(image.shape), template, tuple(state), autocast)
+    return call, [image, *(value for value in inputs if isinstance(value, torch.Tensor)), *state.values()]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

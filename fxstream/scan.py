@@ -1,0 +1,239 @@
+"""The scan over tiles: forward, and backward as the same scan in reverse.
+
+The schedule says which rows; the rules say how an operation runs on them; this module moves tensors between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from .axes import Value
+from .call import Call
+from .carry import Placement, Stitch, empty_like, index_of, stitch
+from .lower import Step, program
+from .ops import Sliced
+from .schedule import Tile, readers
+
+Key = tuple[int, Tile, int]
+"""A kept piece: value, tile, piece."""
+Index = tuple[slice, ...]
+Which = TypeVar("Which", int, Key)
+
+
+class Scan:
+    """The tiles of one call, on given tensors."""
+
+    def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
+        self.call = call
+        self.tensors = tensors
+        self.steps = call.steps(tensors)
+        self.grid = call.grid(self.steps)
+        self.axes = call.settings.axes
+        self.slots = {id(tensor): slot for slot, tensor in enumerate(tensors)}
+        self.readers = readers(program(self.steps, self.axes[0]))
+        self.dims = [self._dims(Value(step.local.dims)) for step in self.steps]
+        self.image_dims = tuple(call.settings.names.index(axis) for axis in self.axes)
+        self.outputs = self._outputs()
+        self.places: dict[tuple[int, int], Placement] = {}
+
+    def _dims(self, value: Value) -> tuple[int, ...]:
+        return tuple(value.position(axis) for axis in self.axes)
+
+    def _outputs(self) -> list[int]:
+        """The values that the graph returns, numbered as in the program."""
+        numbers = {step.node: value for value, step in enumerate(self.steps, start=1)}
+        return [numbers[node] for node in self.call.graph.output_node().all_input_nodes]
+
+    def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
+        """Whether a gradient for (a part of) the value is of any use."""
+        return self.steps[value - 1].differentiable and (tensor.is_floating_point() or tensor.is_complex())
+
+    def forward(self, keep: bool) -> tuple[tuple[torch.Tensor, ...], dict[Key, torch.Tensor]]:
+        """The outputs and, with `keep`, every piece that the backward scan needs."""
+        whole: dict[int, torch.Tensor] = {}
+        pieces: dict[Key, torch.Tensor] = {}
+        expiring: dict[Tile, list[Key]] = {}
+        source = _Source(self, pieces)
+        previous: Tile = ()
+        with torch.no_grad():
+            for tile in self.grid.tiles():
+                if not keep:
+                    _drop_expired(pieces, expiring, previous, tile)
+                previous = tile
+                blocks, kept = self._tile(tile, source, stitch)
+                for value, block in blocks.items():
+                    self._write(whole, value, tile, block)
+                for key, piece in kept.items():
+                    pieces[key] = piece.clone()
+                    expiring.setdefault(self.grid.expiry(*key), []).append(key)
+        return tuple(whole[value] for value in self.outputs), pieces
+
+    def backward(
+        self, pieces: Mapping[Key, torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own."""
+        given = {value: g for value, g in zip(self.outputs, gradients, strict=True) if g is not None}
+        trained = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
+        totals: dict[int, torch.Tensor] = {}
+        owed: dict[Key, torch.Tensor] = {}
+        for tile in reversed(list(self.grid.tiles())):
+            tape = _Tape(self, pieces)
+            with torch.enable_grad(), self.call.as_in_forward():
+                blocks, kept = self._tile(tile, tape, Stitch.apply)
+            roots = [
+                (block, given[value][self._fresh(value, tile)]) for value, block in blocks.items() if value in given
+            ]
+            roots += [(piece, owed.pop(key)) for key, piece in kept.items() if key in owed]
+            del blocks, kept
+            gradients_of_leaves = _gradients(roots, [*tape.leaves, *(self.tensors[slot] for slot in trained)])
+            parts = zip(tape.origins, gradients_of_leaves, strict=False)
+            for (origin, index), gradient in parts:
+                if gradient is not None and isinstance(origin, int):
+                    _total(totals, origin, self.tensors[origin])[index] += gradient
+                elif gradient is not None and not isinstance(origin, int):
+                    _total(owed, origin, pieces[origin])[index] += gradient
+            for slot, gradient in zip(trained, gradients_of_leaves[len(tape.leaves) :], strict=True):
+                if gradient is not None:
+                    _total(totals, slot, self.tensors[slot]).add_(gradient)
+        return [totals.get(slot) for slot in range(len(self.tensors))]
+
+    def _tile(
+        self, tile: Tile, source: _Source, join: Callable[..., Any]
+    ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
+        """Compute one tile: the fresh blocks of the outputs, and what later tiles will need."""
+        waiting: dict[tuple[int, int], torch.Tensor] = {}
+        blocks: dict[int, torch.Tensor] = {}
+        kept: dict[Key, torch.Tensor] = {}
+        for value, step in enumerate(self.steps, start=1):
+            block = self._run(value, step, tile, waiting, source) if self.grid.runs(value, tile) else None
+            if block is not None and value in self.outputs:
+                blocks[value] = block
+            place = self._place(value, tile)
+            if place.idle:
+                continue
+            if place.passes:
+                reads: Any = [block] * len(place.reads)
+            else:
+                earlier = (
+                    ((value, self.grid.earlier(tile, offset), piece), src) for offset, piece, src, _ in place.parts
+                )
+                joined = join(place, block, *(source.piece(key, src) for key, src in earlier))
+                reads = joined[: len(place.reads)]
+                kept.update(
+                    ((value, tile, piece), rows)
+                    for (piece, _), rows in zip(place.keeps, joined[len(reads) :], strict=True)
+                )
+            for reader, wanted, read in zip(self.readers[value], place.reads, reads, strict=True):
+                if wanted is not None:
+                    waiting[reader] = read
+        return blocks, kept
+
+    def _run(
+        self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: _Source
+    ) -> torch.Tensor:
+        operands = []
+        edge = 0
+        for operand in step.local.operands:
+            if isinstance(operand, Sliced):
+                operands.append(source.tensor(self.slots[id(operand.tensor)], self._rows(operand, value, tile)))
+                continue
+            if operand.index == 0:
+                rows = tuple(slice(span.lo, span.hi) for span in self.grid.spans(value, edge, tile))
+                operands.append(source.tensor(0, index_of(rows, self.image_dims, operand.rank)))
+            else:
+                operands.append(waiting.pop((value, edge)))
+            edge += 1
+        streamed = self.grid.spans(value, 0, tile)
+        return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
+
+    def _rows(self, operand: Sliced, value: int, tile: Tile) -> tuple[slice, ...]:
+        """The rows of a tensor with the image's extent that belong to the block of `value`."""
+        fresh = dict(zip(self.axes, self.grid.fresh(value, tile), strict=True))
+        return tuple(
+            fresh[operand.dims[dim]] if dim in operand.dims else slice(None) for dim in range(operand.tensor.dim())
+        )
+
+    def _fresh(self, value: int, tile: Tile) -> tuple[slice, ...]:
+        """The block of `value` that the tile computes, as an index into the whole value."""
+        return index_of(self.grid.fresh(value, tile), self.dims[value - 1], len(self.steps[value - 1].local.dims))
+
+    def _place(self, value: int, tile: Tile) -> Placement:
+        layout = self.grid.layout(value, tile)
+        key = (value, id(layout))
+        if key not in self.places:
+            self.places[key] = Placement(layout, self.dims[value - 1], len(self.steps[value - 1].local.dims))
+        return self.places[key]
+
+    def _write(self, whole: dict[int, torch.Tensor], value: int, tile: Tile, block: torch.Tensor) -> None:
+        if value not in whole:
+            sizes = (axis.sizes[value] for axis in self.grid.axes)
+            whole[value] = empty_like(block, dict(zip(self.dims[value - 1], sizes, strict=True)))
+        whole[value][self._fresh(value, tile)] = block
+
+
+class _Source:
+    """Where the forward scan reads tensors and kept pieces."""
+
+    def __init__(self, scan: Scan, pieces: Mapping[Key, torch.Tensor]):
+        self.scan = scan
+        self.pieces = pieces
+
+    def tensor(self, slot: int, index: Index) -> torch.Tensor:
+        return self.scan.tensors[slot][index]
+
+    def piece(self, key: Key, index: Index) -> torch.Tensor:
+        return self.pieces[key][index]
+
+
+class _Tape(_Source):
+    """Where a tile of the backward scan reads them: as leaves, whose gradients the scan itself adds up."""
+
+    def __init__(self, scan: Scan, pieces: Mapping[Key, torch.Tensor]):
+        super().__init__(scan, pieces)
+        self.leaves: list[torch.Tensor] = []
+        self.origins: list[tuple[int | Key, Index]] = []
+        """For each leaf the tensor's slot or the piece's key, and which rows of it."""
+
+    def tensor(self, slot: int, index: Index) -> torch.Tensor:
+        rows = super().tensor(slot, index)
+        return self._leaf(rows, slot, index) if self.scan.tensors[slot].requires_grad else rows
+
+    def piece(self, key: Key, index: Index) -> torch.Tensor:
+        rows = super().piece(key, index)
+        # A carry requires grad only if its value does: its reader would compute a gradient for nobody.
+        return self._leaf(rows, key, index) if self.scan.differentiable(key[0], rows) else rows
+
+    def _leaf(self, rows: torch.Tensor, origin: int | Key, index: Index) -> torch.Tensor:
+        leaf = rows.detach().requires_grad_()
+        self.leaves.append(leaf)
+        self.origins.append((origin, index))
+        return leaf
+
+
+def _drop_expired(pieces: dict[Key, Any], expiring: dict[Tile, list[Key]], previous: Tile, tile: Tile) -> None:
+    """Forget the pieces that no tile from `tile` on reads: those filed under a beginning that it has left behind."""
+    for depth in range(1, len(previous) + 1):
+        if previous[:depth] != tile[:depth]:
+            for key in expiring.pop(previous[:depth], ()):
+                del pieces[key]
+
+
+def _gradients(
+    roots: list[tuple[torch.Tensor, torch.Tensor]], leaves: list[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
+    if not roots or not leaves:
+        return [None] * len(leaves)
+    return torch.autograd.grad(
+        [root for root, _ in roots], leaves, [gradient for _, gradient in roots], allow_unused=True
+    )
+
+
+def _total(totals: dict[Which, torch.Tensor], which: Which, like: torch.Tensor) -> torch.Tensor:
+    """The running sum of a gradient. It starts from zeros of its own: what autograd returns may be shared."""
+    if which not in totals:
+        totals[which] = torch.zeros_like(like)
+    return totals[which]
