@@ -34,10 +34,6 @@ class Borrowed:
     def __getattr__(self, name: str) -> Any:
         return self._attributes[name] if name in self._attributes else getattr(self._module, name)
 
-    @property  # type: ignore[misc]  # a rule may ask for the type
-    def __class__(self) -> type:
-        return type(self._module)
-
 
 def label(node: fx.Node) -> str:
     """How a node is named to the user: by the module's path in the model, else by the module that it is in."""

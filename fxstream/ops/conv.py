@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..axes import Value
+from ..errors import InputError
 from ..window import Border, Sliding
 from .border import fit
 from .registry import Local, NotLocal, Unknown, register
@@ -54,7 +55,7 @@ def convolution(
         )
     channels = x.dims[1].size
     if channels is not None and channels != weight.shape[1] * groups:
-        return NotLocal(f"has a kernel for {weight.shape[1] * groups} channels and gets {channels}")
+        return NotLocal(f"has a kernel for {weight.shape[1] * groups} channels and gets {channels}", error=InputError)
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)
     windows = {
         axis + 2: Sliding(k, s, d, before, after, _BORDERS[mode])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..axes import Value
-from ..errors import BatchNormModeError
+from ..errors import BatchNormModeError, InputError
 from .registry import Local, NotLocal, Unknown, register
 
 _FREEZE = "call .eval() on it, or convert with freeze_batchnorm=True"
@@ -34,7 +34,7 @@ def batch_norm(
         return NotLocal("has statistics that are not known before the call")
     channels = x.dims[1].size
     if channels is not None and channels != mean.numel():
-        return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}")
+        return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 
     def run(block: torch.Tensor) -> torch.Tensor:
         return F.batch_norm(block, mean, var, weight, bias, False, 0.0, eps)
@@ -65,12 +65,12 @@ def batch_norm_function(
     return batch_norm(input, running_mean, running_var, weight, bias, training, eps, "call it with training=False")
 
 
-def _whole_image(m: Any, input: Value) -> NotLocal:
+@register(nn.InstanceNorm1d)
+@register(nn.InstanceNorm2d, spatial=2)
+@register(nn.InstanceNorm3d, spatial=3)
+@register(nn.GroupNorm)
+def whole_image_norm(m: Any, input: Value) -> NotLocal:
     return NotLocal(
-        f"{type(m).__name__} needs the mean and variance over the streamed axes {', '.join(input.tags())}",
+        f"needs the mean and variance over the streamed axes {', '.join(input.tags())}",
         "use a batch norm with running statistics (freeze_batchnorm=True)",
     )
-
-
-for _module_type in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm):
-    register(_module_type)(_whole_image)

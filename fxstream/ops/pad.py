@@ -38,14 +38,14 @@ def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float |
     return Local((input,), input.slid(windows), run, windows)
 
 
-def _register_module(module_type: type[nn.Module], mode: str) -> None:
-    @register(module_type)
+def _register_module(axes: int, module_type: type[nn.Module], mode: str) -> None:
+    @register(module_type, spatial=axes)
     def rule(m: Any, input: Value) -> Local | NotLocal:
         return pad(input, m.padding, mode, getattr(m, "value", None))
 
 
 for _axes in (1, 2, 3):
-    _register_module(getattr(nn, f"ZeroPad{_axes}d"), "constant")
-    _register_module(getattr(nn, f"ConstantPad{_axes}d"), "constant")
-    _register_module(getattr(nn, f"ReflectionPad{_axes}d"), "reflect")
-    _register_module(getattr(nn, f"ReplicationPad{_axes}d"), "replicate")
+    _register_module(_axes, getattr(nn, f"ZeroPad{_axes}d"), "constant")
+    _register_module(_axes, getattr(nn, f"ConstantPad{_axes}d"), "constant")
+    _register_module(_axes, getattr(nn, f"ReflectionPad{_axes}d"), "reflect")
+    _register_module(_axes, getattr(nn, f"ReplicationPad{_axes}d"), "replicate")

@@ -1,0 +1,246 @@
+"""Errors are part of the interface: each misuse its own, naming the node by its path, the reason and the way out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fxstream
+
+
+def small(**options: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+
+
+@pytest.mark.parametrize("tile_shape", [0, -1, (32,), (32, 0), (1, 3, 32), (32, 32.0), "32", True, None, (None, None)])
+def test_a_wrong_tile_shape(tile_shape: Any) -> None:
+    with pytest.raises(fxstream.TileShapeError, match="tile_shape"):
+        fxstream.convert(small(), tile_shape)
+
+
+@pytest.mark.parametrize(
+    "tile_shape", [8, (8, 5), [8, 5], (None, 3, 8, 8), (1, 3, 8, 8), (2, None, 8, None), (None, 8)]
+)
+def test_the_forms_of_tile_shape(tile_shape: Any) -> None:
+    model = small()
+    image = torch.randn(3, 3, 21, 17)
+    torch.testing.assert_close(fxstream.convert(model, tile_shape)(image), model(image))
+
+
+def test_number_of_spatial_axes_from_an_example() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sigmoid())
+    with pytest.raises(fxstream.TileShapeError, match="example_input"):
+        fxstream.convert(model, 8)
+    with pytest.raises(fxstream.TileShapeError, match="2 dimensions"):
+        fxstream.convert(model, 8, example_input=torch.zeros(3, 3))
+    converted = fxstream.convert(model, 8, example_input=torch.zeros(1, 3, 20, 20, 20))
+    image = torch.randn(1, 3, 20, 21, 9)
+    torch.testing.assert_close(converted(image), model(image))
+
+
+def test_channels_that_disagree() -> None:
+    with pytest.raises(fxstream.InputError, match="4 channels"):
+        fxstream.convert(small(), (None, 4, 8, 8))(torch.randn(1, 3, 20, 20))
+    with pytest.raises(fxstream.InputError, match=r"0 has a kernel for 3 channels and gets 4"):
+        fxstream.convert(small(), 8)(torch.randn(1, 4, 20, 20))
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 20), (1, 1, 3, 20, 20), (0, 3, 20, 20)])
+def test_an_image_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(fxstream.InputError, match=r"\(N, C, H, W\)|empty"):
+        fxstream.convert(small(), 8)(torch.randn(shape))
+
+
+def test_an_image_that_is_no_tensor() -> None:
+    with pytest.raises(fxstream.InputError, match="must be a tensor"):
+        fxstream.convert(small(), 8)([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("model", "least"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 5, dilation=2)), 9),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(3, 2, 3, padding=3, padding_mode="reflect")), 4),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(4)), 4),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(4, ceil_mode=True)), 1),
+        (nn.Sequential(nn.ReLU(), nn.AvgPool2d(3, 2, padding=1)), 1),
+        (nn.Sequential(nn.ReLU(), nn.ZeroPad2d(-3)), 7),
+    ],
+)
+def test_an_image_too_small_fails_where_the_plain_model_fails(model: nn.Module, least: int) -> None:
+    converted = fxstream.convert(model, 4)
+    enough = torch.randn(1, 3, least, least)
+    torch.testing.assert_close(converted(enough), model(enough))
+    if least > 1:
+        for shape in ((least - 1, least), (least, least - 1)):
+            short = torch.randn(1, 3, *shape)
+            with pytest.raises(fxstream.ImageTooSmallError, match="too small for 1:"):
+                converted(short)
+            try:
+                plain = model(short)
+            except RuntimeError:
+                continue
+            assert plain.numel() == 0  # a crop that leaves nothing
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_cannot_be_traced() -> None:
+    with pytest.raises(fxstream.TraceError, match=r"test_errors.py:\d+: return x if x.sum\(\) > 0") as caught:
+        fxstream.convert(Branching(), 8)
+    assert "Way out" in str(caught.value)
+    assert "Branching.forward" in str(caught.value)
+
+
+def test_a_submodule_that_cannot_be_traced_ends_the_prefix() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Branching(), nn.Conv2d(4, 4, 3))
+    analysis = fxstream.analyze(model)
+    (stop,) = analysis.stops
+    assert stop.reason.startswith("1 is one opaque call: torch.fx cannot trace it")
+    with pytest.warns(fxstream.StreamingWarning, match="1 is one opaque call"):
+        converted = fxstream.convert(model, 8)
+    for sign in (1, -1):
+        image = sign * torch.rand(1, 3, 20, 20)
+        torch.testing.assert_close(converted(image), model(image))
+
+
+def test_nothing_local_at_the_front() -> None:
+    with pytest.raises(fxstream.NothingToStreamError, match="0 needs the mean and variance") as caught:
+        fxstream.convert(nn.Sequential(nn.InstanceNorm2d(3), nn.Conv2d(3, 3, 1)), 8)
+    assert "Way out" in str(caught.value)
+
+
+def test_batch_norm_in_training_mode_at_conversion_warns_once() -> None:
+    model = torchvision.models.resnet18()
+    with pytest.warns(fxstream.StreamingWarning) as caught:
+        converted = fxstream.convert(model, 64)
+    (warning,) = caught
+    for words in ("ends at conv1", "bn1 is in training mode", "freeze_batchnorm=True", ".eval()"):
+        assert words in str(warning.message)
+    assert warning.filename == __file__
+    assert [node.name for node in converted.streamed.graph.nodes] == ["x", "conv1", "output"]
+
+
+def test_batch_norm_in_training_mode_at_a_call() -> None:
+    model = torchvision.models.resnet18().eval()
+    converted = fxstream.convert(model, 64)
+    converted.layer2[0].bn2.train()
+    with pytest.raises(fxstream.BatchNormModeError, match=r"^layer2.0.bn2 is in training mode") as caught:
+        converted(torch.randn(1, 3, 64, 64))
+    assert ".eval()" in str(caught.value)
+    assert "freeze_batchnorm=True" in str(caught.value)
+    converted.eval()
+    converted(torch.randn(1, 3, 64, 64))
+
+
+def test_batch_norm_without_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3)).eval()
+    for freeze in (False, True):
+        with pytest.warns(fxstream.StreamingWarning, match="1 has no running statistics"):
+            fxstream.convert(model, 8, freeze_batchnorm=freeze)
+
+
+def test_no_warning_when_everything_that_slides_is_streamed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxstream.convert(torchvision.models.resnet18(), 64, freeze_batchnorm=True)
+
+
+@pytest.mark.parametrize("path", ["layer1.0.conv1", "layer1.0", "layer3"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_acquired_after_the_conversion(path: str, register: str) -> None:
+    converted = fxstream.convert(torchvision.models.resnet18().eval(), 64)
+    handle = getattr(converted.get_submodule(path), register)(lambda *_: None)
+    with pytest.raises(fxstream.HookError, match=rf"^{path} has acquired a hook"):
+        converted(torch.randn(1, 3, 64, 64))
+    handle.remove()
+    converted(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("path", ["layer3.0.conv1", "layer3.0", "layer3"])
+def test_a_hook_at_conversion_ends_the_prefix_and_still_runs(path: str) -> None:
+    model = torchvision.models.resnet18().eval()
+    seen: list[torch.Size] = []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with pytest.warns(fxstream.StreamingWarning, match=rf"{path} has a hook"):
+        converted = fxstream.convert(model, 64)
+    image = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(converted(image), model(image))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_hooks_of_the_root_run_once_a_call() -> None:
+    model = small()
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    fxstream.convert(model, 4)(torch.randn(1, 3, 20, 20))
+    assert seen == [1]
+
+
+def test_a_forward_that_depends_on_the_mode() -> None:
+    model = torchvision.models.googlenet(init_weights=False).eval()
+    converted = fxstream.convert(model, 64)
+    with pytest.raises(fxstream.ModeError, match="the model depends on its mode: it was converted in eval mode"):
+        converted.train()(torch.randn(1, 3, 64, 64))
+
+
+def test_the_name_of_the_image_argument() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, shift: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) + shift.exp()[:, :, None, None]
+
+    model = Conditioned()
+    with pytest.raises(fxstream.StreamingError, match=r"image='y' is not an argument .*\(shift, x\)"):
+        fxstream.convert(model, 8, image="y")
+    converted = fxstream.convert(model, 8, image="x")
+    shift, image = torch.randn(2, 4, requires_grad=True), torch.randn(2, 3, 20, 17)
+    output, expected = converted(shift, image), model(shift, image)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.sin().sum(), shift), torch.autograd.grad(expected.sin().sum(), shift)
+    )
+
+
+def test_the_analysis_says_where_streaming_stops_and_why() -> None:
+    analysis = fxstream.analyze(torchvision.models.efficientnet_b0().eval())
+    assert "adaptive" not in str(analysis.outputs)
+    first = analysis.stops[0]
+    assert first.reason.startswith("features.1.0.block.1.avgpool pools over the whole image along H and W")
+    text = str(analysis)
+    assert first.reason in text
+    assert "receptive field" in text
+    assert analysis.graph.nodes["features_0_0"]["status"] == "local"
+    assert analysis.graph.nodes["features_1_0_block_1_avgpool"]["status"] == "stop"
+
+
+def test_receptive_fields() -> None:
+    analysis = fxstream.analyze(torchvision.models.resnet18().eval())
+    assert analysis.receptive_field("layer4_1_relu_1") == {
+        axis: fxstream.ReceptiveField(size=435, stride=32, padding=217) for axis in ("H", "W")
+    }
+    assert [node.name for node in analysis.outputs] == ["layer4_1_relu_1"]
+
+
+def test_the_graphs_print_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    converted = fxstream.convert(torchvision.models.resnet18().eval(), 64)
+    assert [node.name for node in converted.graph.nodes] == ["x", "streamed", "avgpool", "flatten", "fc", "output"]
+    converted.graph.print_tabular()
+    converted.streamed.graph.print_tabular()
+    text = capsys.readouterr().out
+    assert "streamed" in text
+    assert "layer4.1.conv2" in text
