@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python >= 3.10 and nothing else: each sets up what it needs, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: .venv/examples
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2
+
+# Long fuzzing; FXSTREAM_EXAMPLES sets the number of networks.
+test-slow: .venv/test
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/examples
+	$(BIN)/python benchmarks/step.py --model resnet18 --size 4096 --tiles 256 512
+
+.venv/test .venv/examples: .venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv
