@@ -188,7 +188,7 @@ class _Walk:
         self.modules = dict(trace.root.named_modules())
         self.nodes = list(trace.graph.nodes)
         self.memory = Memory(trace.graph, image)
-        self.constants = _Constants(self.modules)
+        self.constants = _Constants(self.modules, trace.constants)
         self.found: dict[fx.Node, Finding] = {}
         dims = tuple(Dim(name if name in axes else None) for name in names)
         self.values = {image: Value(dims, self.nodes.index(image))}
@@ -199,8 +199,19 @@ class _Walk:
         if finding.local is not None:
             local = finding.local
             self.values[node] = Value(local.dims, self.nodes.index(node))
-            self.memory.add(node, self._node_of(local.aliases), self._node_of(local.mutates))
+            target, base = self._node_of(local.mutates), self._node_of(local.aliases)
+            if target is not None:
+                self.memory.overwrite(node, target)
+            else:
+                self.memory.add(node, () if base is None else (base,))
+        elif finding.status in ("stop", "head"):
+            # Without a rule that says otherwise, its result may be a view of anything that it reads.
+            self.memory.add(node, () if self._slides(node) else map(self.memory.latest, node.all_input_nodes))
         return finding
+
+    def _slides(self, node: fx.Node) -> bool:
+        rule = rule_for(type(self.modules[str(node.target)]) if node.op == "call_module" else node.target)
+        return rule is not None and rule.spatial is not None
 
     def _classify(self, node: fx.Node) -> Finding:
         module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -248,7 +259,7 @@ class _Walk:
         return {axis: local.window(value, axis) for axis in self.axes}
 
     def _spoil(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        shared = self.memory.spoil(node, sources)
+        shared = self.memory.spoil(node, sources, lambda source: self.found[source].status == "local")
         if shared is not None and self.conflict is None:
             problem = NotLocal(f"shares memory that {label(node)}, which is not streamed, overwrites")
             self.conflict = (shared, problem)
@@ -257,8 +268,9 @@ class _Walk:
 class _Constants:
     """At conversion, the values that do not depend on the image, as far as they can be known without a call."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
+    def __init__(self, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]):
         self._modules = modules
+        self._tensors = tensors
         self._known: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
@@ -275,6 +287,8 @@ class _Constants:
             return
 
     def _run(self, node: fx.Node) -> Any:
+        if node.target in self._tensors:
+            return self._tensors[str(node.target)]
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self._modules[owner], name)

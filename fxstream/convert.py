@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
 from .call import Settings
-from .errors import NothingToStreamError, StreamingWarning, TileShapeError
+from .errors import NothingToStreamError, StreamingError, StreamingWarning, TileShapeError
 from .ops import rule_for
 from .partition import partition
 from .stream import Streamed
@@ -60,6 +60,8 @@ def convert(
     Warns:
         StreamingWarning: convolutions or poolings stay behind the streamed part.
     """
+    if isinstance(model, Converted):
+        raise StreamingError("the model is converted already. Way out: convert the original with the new tile_shape")
     traced = trace(model)
     names = image_names(traced, example_input)
     sizes = _tile_shape(tile_shape, names)
@@ -70,7 +72,7 @@ def convert(
     _warn_if_short(analysis)
     name = _unused_name(model)
     outer, streamed = partition(analysis, name)
-    return Converted(model, outer, name, Streamed(streamed, settings))
+    return Converted(model, traced.constants, outer, name, Streamed(streamed, settings))
 
 
 def analyze(

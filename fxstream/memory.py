@@ -6,7 +6,7 @@ value later reads the result instead. Where that would not be the same thing, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
@@ -22,12 +22,12 @@ class Memory:
     def __init__(self, graph: fx.Graph, image: fx.Node):
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self._image = image
-        self._home: dict[fx.Node, fx.Node] = {image: image}
-        """A value -> the first value of those that may share its memory."""
+        self._homes: dict[fx.Node, frozenset[fx.Node]] = {image: frozenset([image])}
+        """A value -> the values whose memory it may share: itself, or those that it may be a view of."""
         self._latest: dict[fx.Node, fx.Node] = {}
         """A value that was overwritten -> the result."""
         self._spoilt: set[fx.Node] = set()
-        """Homes that an operation of the head has written into."""
+        """Homes that an operation outside the streamed part has written into."""
 
     def latest(self, node: fx.Node) -> fx.Node:
         """The node whose value a reader of `node` sees from here on."""
@@ -35,19 +35,21 @@ class Memory:
 
     def spoilt(self, node: fx.Node) -> bool:
         """Whether the head may have changed the value, so that what reads it now belongs to the head."""
-        return self._home.get(node) in self._spoilt
+        return not self._spoilt.isdisjoint(self._homes.get(node, ()))
 
-    def add(self, node: fx.Node, shares: fx.Node | None, overwritten: fx.Node | None) -> None:
-        """A new value, which may share the memory of another or overwrite it."""
-        base = overwritten or shares
-        self._home[node] = node if base is None else self._home[base]
-        if overwritten is not None:
-            for old in [overwritten, *(old for old, new in self._latest.items() if new is overwritten)]:
-                self._latest[old] = node
+    def add(self, node: fx.Node, shares: Iterable[fx.Node]) -> None:
+        """A new value, which may be a view of others."""
+        self._homes[node] = frozenset().union(*(self._homes.get(other, ()) for other in shares)) or frozenset([node])
+
+    def overwrite(self, node: fx.Node, target: fx.Node) -> None:
+        """A streamed operation that overwrites a value: its result is what later readers see."""
+        self._homes[node] = self._homes[target]
+        for old in [target, *(old for old, new in self._latest.items() if new is target)]:
+            self._latest[old] = node
 
     def obstacle(self, node: fx.Node, target: fx.Node, in_head: Callable[[fx.Node], bool]) -> NotLocal | None:
         """Why `node`, which overwrites `target`, cannot become an out-of-place operation; None if it can."""
-        if self._home[target] is self._image:
+        if self._image in self._homes[target]:
             return NotLocal("overwrites the image in place", _WAY_OUT)
         for other in self._sharing(target):
             if self._read_after(node, other):
@@ -60,20 +62,25 @@ class Memory:
                     )
         return None
 
-    def spoil(self, node: fx.Node, sources: list[fx.Node]) -> fx.Node | None:
-        """The head's `node` writes into values. Returns one that must not be streamed: the head sees it change."""
+    def spoil(self, node: fx.Node, sources: list[fx.Node], streamed: Callable[[fx.Node], bool]) -> fx.Node | None:
+        """The head's `node` may write into values. Returns a streamed value that the head would have to see change.
+
+        That is so where several values that share memory in the plain model would each cross to the head, or where
+        the image shares it: the user would see that change.
+        """
         for source in sources:
-            if source not in self._home:
-                continue
-            self._spoilt.add(self._home[source])
-            for other in self._sharing(source):
-                if self._read_after(node, other):
-                    return max((source, other), key=self._order.__getitem__)
+            homes = self._homes.get(source, frozenset())
+            self._spoilt.update(homes)
+            members = {member for member in (source, *self._sharing(source)) if streamed(member)}
+            several = len(members) > 1 and any(self._read_after(node, member) for member in members)
+            if members and (several or self._image in homes):
+                return max(members, key=self._order.__getitem__)
         return None
 
     def _sharing(self, node: fx.Node) -> set[fx.Node]:
         """The other values, as they are now, that may share the memory of `node`."""
-        return {self.latest(other) for other, home in self._home.items() if home is self._home[node]} - {node}
+        mine = self._homes.get(node, frozenset())
+        return {self.latest(other) for other, homes in self._homes.items() if not mine.isdisjoint(homes)} - {node}
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
         """Whoever reads `node`, or a value of which it is the overwritten state."""

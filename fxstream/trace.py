@@ -12,7 +12,7 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +46,10 @@ class Trace:
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
     guards: dict[str, bool]
     """Path of a module -> training flag, where the flag decided what was traced."""
-    opaque: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, str]
     """Path of a module that could not be traced through -> why."""
+    constants: dict[str, torch.Tensor]
+    """Name of a get_attr -> the tensor that forward made while it was traced."""
 
 
 class _Proxy(Proxy):
@@ -152,6 +154,7 @@ def trace(model: nn.Module) -> Trace:
     opaque: dict[str, str] = {}
     while True:
         tracer = _Tracer(opaque)
+        before = set(vars(model))
         try:
             graph = tracer.trace(model)
         except Exception as error:
@@ -160,8 +163,11 @@ def trace(model: nn.Module) -> Trace:
             # The model around it may be traceable: leave this module as one call.
             opaque[tracer.failed_in] = f"torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
             continue
+        finally:
+            # fx leaves the tensors that forward makes on the model, which is not ours to change.
+            constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
         _remove_unused_flags(graph, tracer)
-        return Trace(model, graph, tracer.entered, tracer.guards, opaque)
+        return Trace(model, graph, tracer.entered, tracer.guards, opaque, constants)
 
 
 def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:

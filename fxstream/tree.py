@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .serialize import dump_graph, load_graph
@@ -37,9 +38,14 @@ def _mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Mo
 class Converted(fx.GraphModule):
     """What `fxstream.convert` returns: the original's module tree, the outer graph, and the submodule `streamed`."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, name: str, streamed: Streamed):
+    def __init__(
+        self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
+    ):
         super().__init__({}, fx.Graph(), type(model).__name__)
         _mirror_registries(self, model, {id(model): self})
+        # What else the user has put on the model, tensors that forward reads among it.
+        vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
+        vars(self).update(constants)
         self.training = streamed.training = model.training
         self._streamed_name = name
         self.add_module(name, streamed)
