@@ -66,6 +66,8 @@ class Finding:
     """Values that were overwritten in place before this node runs -> the results to read instead."""
     windows: Mapping[fx.Node, Mapping[str, Window]] = field(default_factory=dict)
     """For a local node: what it reads of each value, per streamed axis."""
+    early: bool = False
+    """For a constant: it runs before the streamed call, since something in front of it overwrites what that reads."""
 
     @property
     def label(self) -> str:
@@ -163,6 +165,8 @@ def _find(trace: Trace, image: fx.Node, names: tuple[str, ...], axes: tuple[str,
         walk = _Walk(trace, image, names, axes, freeze, left_to_head)
         findings = [walk.visit(node) for node in trace.graph.nodes]
         if walk.conflict is None:
+            for finding in findings:
+                finding.early = finding.status == "constant" and walk.memory.precedes_streaming(finding.node)
             return findings
         node, problem = walk.conflict
         left_to_head[node] = problem
@@ -190,6 +194,9 @@ class _Walk:
         self.memory = Memory(trace.graph, image)
         self.constants = _Constants(self.modules, trace.constants)
         self.found: dict[fx.Node, Finding] = {}
+        self.states = {
+            path: [f"{path}.{name}" for name in module.state_dict()] for path, module in self.modules.items()
+        }
         dims = tuple(Dim(name if name in axes else None) for name in names)
         self.values = {image: Value(dims, self.nodes.index(image))}
         self.conflict: tuple[fx.Node, NotLocal] | None = None
@@ -204,10 +211,15 @@ class _Walk:
                 self.memory.overwrite(node, target)
             else:
                 self.memory.add(node, () if base is None else (base,))
-        elif finding.status in ("stop", "head"):
+        elif finding.status != "image":
             # Without a rule that says otherwise, its result may be a view of anything that it reads.
-            self.memory.add(node, () if self._slides(node) else map(self.memory.latest, node.all_input_nodes))
+            shares = () if self._slides(node) else map(self.memory.latest, node.all_input_nodes)
+            self.memory.add(node, shares, [str(node.target)] if node.op == "get_attr" else self._state(node))
         return finding
+
+    def _state(self, node: fx.Node) -> list[str]:
+        """Parameters and buffers, by path, of the module that a node calls."""
+        return self.states[str(node.target)] if node.op == "call_module" else []
 
     def _slides(self, node: fx.Node) -> bool:
         rule = rule_for(type(self.modules[str(node.target)]) if node.op == "call_module" else node.target)
@@ -222,15 +234,21 @@ class _Walk:
         depending = [source for source in sources if self.found[source].status != "constant"]
         if not depending and node.op != "output":
             self.constants.add(node)
+            if node.op.startswith("call") and overwrites(node, module):
+                self.memory.write_constants(node, sources)
             return Finding(node, "constant", name)
         reads = {old: new for old, new in zip(node.all_input_nodes, sources, strict=True) if old is not new}
-        ended = node.op == "output" or any(self._in_head(source) or self.memory.spoilt(source) for source in depending)
+        ended = node.op == "output" or any(map(self._in_head, depending))
+        ended = ended or self.memory.spoilt(sources, self._state(node))
         local = None if ended else self._ask(node, module)
+        if isinstance(local, Local):
+            constants = [source for source in sources if source not in depending]
+            local = self.memory.read_constants(node, constants, self._state(node)) or local
         if isinstance(local, Local):
             windows = {self._node_of(value): self._windows(local, value) for value in local.values}
             return Finding(node, "local", name, local, reads=reads, windows=windows)  # type: ignore[arg-type]  # no None
         if node.op != "output" and overwrites(node, module):
-            self._spoil(node, depending)
+            self._spoil(node, sources)
         return Finding(node, "head" if local is None else "stop", name, problem=local, reads=reads)
 
     def _in_head(self, node: fx.Node) -> bool:

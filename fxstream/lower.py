@@ -18,6 +18,7 @@ from .ops import Local, NotLocal, Rule, rule_for
 from .schedule import Program
 from .window import Span
 
+_KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {
     getattr(operator, f"i{name}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
@@ -55,9 +56,12 @@ def operation(node: fx.Node, module: nn.Module | None) -> str:
 
 
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation without a rule may write into its arguments, as far as torch's naming tells."""
-    if node.op == "call_module":
-        return bool(getattr(module, "inplace", False))
+    """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
+    if module is not None:
+        own = not type(module).__module__.startswith("torch.nn.")
+        return own or any(getattr(part, "inplace", False) for part in module.modules())
+    if node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
+        return True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__")
     return by_name or node.target in _ASSIGNING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
@@ -136,7 +140,8 @@ def lower(
         local = answer(node, values.__getitem__, modules[path] if node.op == "call_module" else None, own, freeze)
         if isinstance(local, NotLocal):
             raise (local.error or NotLocalError)(complaint(node, local))
-        trained[node] = any(trained[source] for source in node.all_input_nodes) or any(map(requires_grad, own.values()))
+        used = any(trained[source] for source in node.all_input_nodes) or any(map(requires_grad, own.values()))
+        trained[node] = local.differentiable and used
         values[node] = Value(local.dims, index=len(steps) + 1)
         steps.append(Step(node, local, tuple(_spans(local, axes)), trained[node]))
     return steps
@@ -158,7 +163,7 @@ def _spans(local: Local, axes: tuple[str, ...]) -> Iterator[int | Span]:
             yield axes.index(here.tag)
         else:
             assert here.size is not None, "sizes are known at a call"
-            yield window.span(0, window.size(here.size), here.size)
+            yield window.span(0, window.size(here.size), here.size).of_whole()
 
 
 def program(steps: Iterable[Step], axis: str) -> Program:

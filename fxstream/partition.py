@@ -47,7 +47,7 @@ def _outer(analysis: Analysis, name: str, entering: list[fx.Node]) -> fx.Graph:
     new: Nodes = {}
     first = {node.name for node in entering}.union(*(nx.ancestors(analysis.graph, node.name) for node in entering))
     for finding in analysis.findings:
-        if finding.node.op == "placeholder" or finding.node.name in first:
+        if finding.node.op == "placeholder" or finding.early or finding.node.name in first:
             _copy(graph, finding.node, finding.reads, new)
     call = graph.call_module(name, (new[analysis.image], *(new[node] for node in entering)))
     if len(analysis.outputs) == 1:

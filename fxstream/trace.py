@@ -2,8 +2,9 @@
 
 Three things differ from `torch.fx.symbolic_trace`. In-place operators (`x += y`) are recorded as such instead of
 as their out-of-place twins. A module's `training` flag is recorded as a `get_attr`, so that it is read at every
-call; where it decides the control flow, the decision is noted as a guard. A module that cannot be traced, has hooks
-or is a streamable operation stays one call.
+call; where it decides the control flow, the decision is noted as a guard. A module stays one call if it is a streamable
+operation, has hooks, cannot be traced, or does what a graph does not record: assign attributes, or open a region of
+`torch.no_grad` or `torch.autocast`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,9 +78,17 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
         self.guards: dict[str, bool] = {}
         self.entered: list[str] = []
-        self.stack: list[str] = []
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
+        self.flags: dict[fx.Node, tuple[str, bool]] = {}
+        self.region = _region()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _region() != self.region:
+            raise _UnrecordedError(
+                "it computes inside torch.no_grad, torch.autocast or the like, which fx does not record"
+            )
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _Proxy(node, self)
@@ -97,13 +107,13 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
-        self.stack.append(path)
+        before = _state(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
+            _check_unchanged(m, before)
         except Exception:
             self.failed_in = self.failed_in or path
             raise
-        self.stack.pop()
         return result
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -114,7 +124,6 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
-        self.flags: dict[fx.Node, tuple[str, bool]] = {}
         with self._watched_flags(root):
             return super().trace(root, concrete_args)
 
@@ -154,9 +163,13 @@ def trace(model: nn.Module) -> Trace:
     opaque: dict[str, str] = {}
     while True:
         tracer = _Tracer(opaque)
-        before = set(vars(model))
+        states = {module: _state(module) for module in model.modules()}
         try:
             graph = tracer.trace(model)
+            constants = {
+                name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
+            }
+            _check_unchanged(model, states[model])
         except Exception as error:
             if tracer.failed_in is None:
                 raise TraceError(_explain(model, error)) from error
@@ -164,10 +177,56 @@ def trace(model: nn.Module) -> Trace:
             opaque[tracer.failed_in] = f"torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
             continue
         finally:
-            # fx leaves the tensors that forward makes on the model, which is not ours to change.
-            constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
+            # The model is not ours to change, and fx leaves there the tensors that forward makes.
+            for module, state in states.items():
+                _restore(module, state)
         _remove_unused_flags(graph, tracer)
         return Trace(model, graph, tracer.entered, tracer.guards, opaque, constants)
+
+
+class _UnrecordedError(Exception):
+    """A forward does something that a graph does not record."""
+
+
+def _region() -> tuple[Any, ...]:
+    """What `with` blocks change without leaving a trace in a graph."""
+    autocast = ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes, its registries copied."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+
+
+def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
+    now = _state(module)
+    changed = [name for name in now.keys() | before.keys() if not _same(now.get(name), before.get(name))]
+    if changed:
+        raise _UnrecordedError(
+            f"its forward assigns attributes ({', '.join(sorted(changed))}), which fx does not record"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    return one is other
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    for name in list(vars(module)):
+        if name not in state:
+            del vars(module)[name]
+    for name, value in state.items():
+        if isinstance(value, dict):
+            # The registry itself stays: others may hold it.
+            registry = vars(module)[name]
+            if not _same(registry, value):
+                registry.clear()
+                registry.update(value)
+        else:
+            vars(module)[name] = value
 
 
 def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:
@@ -183,9 +242,9 @@ def _first_line(error: Exception) -> str:
 def _where(error: Exception) -> str:
     """The last line of the user's own code on the way to the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("fxstream/trace.py")]
-    frame = own[-1] if own else frames[-1]
-    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    ours = str(Path(__file__).parent)
+    own = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith(ours)]
+    return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "the module as a whole"
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -30,6 +30,11 @@ class Span(NamedTuple):
     length: int
     """Rows of the whole input."""
 
+    def of_whole(self) -> Span:
+        """The same for an operation that gets all rows of the input."""
+        before, after = self.trim
+        return self._replace(lo=0, hi=self.length, trim=(before + self.lo, after + self.length - self.hi))
+
 
 class Window(ABC):
     """The rows that an operation reads along one axis; immutable and hashable.
@@ -85,6 +90,8 @@ class Sliding(Window):
     def size(self, length: int) -> int:
         if self.border == "reflect" and max(self.before, self.after) >= length:
             raise ValueError(f"reflect padding of {self.before} and {self.after} needs more than {length} rows")
+        if self.border == "zeros" and length + min(self.before, 0) + min(self.after, 0) < 0:
+            raise ValueError(f"a crop of {-self.before} and {-self.after} takes more than {length} rows")
         spare = length + self.before + self.after - self.extent
         if self.ceil_mode:
             size = -(-spare // self.stride) + 1

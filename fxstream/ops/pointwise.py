@@ -31,6 +31,8 @@ def pointwise(
         return NotLocal(
             "writes values of the image into a tensor that does not depend on it", "use the out-of-place form"
         )
+    if mutates and [dim.size for dim in dims] != [dim.size for dim in args[0].dims]:
+        return NotLocal("writes more values into a tensor than it holds")
     operands: dict[int | str, Value | Sliced] = {}
     for name, arg in named.items():
         if isinstance(arg, Value):
@@ -79,25 +81,44 @@ register(torch.where)(where)
 register("where")(lambda input, condition, other: where(condition, input, other))
 
 
-def cast(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
+def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwargs: Any) -> Local | NotLocal:
     """Returns its argument itself where there is nothing to change."""
+    local = pointwise(function, input, *args, **kwargs)
+    return replace(local, aliases=input) if isinstance(local, Local) else local
+
+
+def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
+    """Its result requires no gradient, whatever its arguments do."""
     local = pointwise(function, *args, **kwargs)
-    return replace(local, aliases=args[0]) if isinstance(local, Local) and isinstance(args[0], Value) else local
+    if not isinstance(local, Local):
+        return local
+    return replace(local, differentiable=False, aliases=args[0] if isinstance(args[0], Value) else None)
 
 
-for _name in "bfloat16 bool contiguous detach double float half int long type_as".split():
+for _name in "bfloat16 contiguous double float half positive type_as".split():
     register(_name)(partial(cast, getattr(torch.Tensor, _name)))
+register(torch.positive)(partial(cast, torch.positive))
+register(operator.pos)(partial(cast, operator.pos))
+
+_UNDIFFERENTIABLE = """
+    bitwise_and bitwise_not bitwise_or bitwise_xor eq ge greater greater_equal gt isclose isfinite isinf isnan le less
+    less_equal logical_and logical_not logical_or logical_xor lt ne not_equal signbit bool detach int long
+""".split()
+for _name in _UNDIFFERENTIABLE:
+    register(_name)(partial(undifferentiable, getattr(torch.Tensor, _name)))
+    if callable(_function := getattr(torch, _name, None)):
+        register(_function)(partial(undifferentiable, _function))
+for _name in "invert eq ne lt le gt ge and_ or_ xor".split():
+    register(getattr(operator, _name))(partial(undifferentiable, getattr(operator, _name)))
 
 
 _NAMES = """
-    abs absolute acos acosh add addcdiv addcmul arctan arctan2 asin asinh atan atan2 bitwise_and bitwise_not
-    bitwise_or bitwise_xor ceil celu clamp clamp_max clamp_min clip clone copysign cos cosh deg2rad digamma div
-    divide elu eq erf erfc erfinv exp exp2 expm1 fix float_power floor floor_divide fmax fmin fmod frac ge gelu
-    greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh hypot isclose isfinite isinf isnan ldexp le
-    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not
-    logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg
-    negative nextafter not_equal positive pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub selu sgn
-    sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh
+    abs absolute acos acosh add addcdiv addcmul arctan arctan2 asin asinh atan atan2 ceil celu clamp clamp_max
+    clamp_min clip clone copysign cos cosh deg2rad digamma div divide elu erf erfc erfinv exp exp2 expm1 fix
+    float_power floor floor_divide fmax fmin fmod frac gelu hardshrink hardsigmoid hardswish hardtanh hypot ldexp
+    leaky_relu lerp lgamma log log10 log1p log2 logaddexp logaddexp2 logit logsigmoid masked_fill maximum minimum
+    mish mul multiply nan_to_num neg negative nextafter pow rad2deg reciprocal relu relu6 remainder round rsqrt rsub
+    selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh
     tanhshrink threshold true_divide trunc xlogy
 """.split()
 
@@ -126,10 +147,10 @@ for _name in _NAMES:
             if _mutating := getattr(_space, f"{_name}_", None):
                 _register(_function, f"{_name}_" if _space is torch.Tensor else _mutating, mutates=True)
 
-for _name in "add sub mul truediv floordiv mod pow and_ or_ xor".split():
+for _name in "add sub mul truediv floordiv mod pow".split():
     _register(getattr(operator, _name), getattr(operator, _name))
-    _register(getattr(operator, _name), getattr(operator, f"i{_name.rstrip('_')}"), mutates=True)
-for _name in "neg pos invert abs eq ne lt le gt ge".split():
+    _register(getattr(operator, _name), getattr(operator, f"i{_name}"), mutates=True)
+for _name in "neg abs".split():
     _register(getattr(operator, _name), getattr(operator, _name))
 
 

@@ -28,7 +28,7 @@ def _windows(axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any, c
 
 def _oversized_padding(windows: dict[int, Sliding]) -> NotLocal | None:
     """torch's own condition on the padding of a pooling."""
-    if any(window.before > window.extent // 2 for window in windows.values()):
+    if any(window.before > window.kernel // 2 for window in windows.values()):
         return NotLocal("pads by more than half of its kernel, which torch refuses")
     return None
 

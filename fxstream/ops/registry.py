@@ -55,6 +55,8 @@ class Local:
     """The operand that the operation overwrites. `run` itself never writes into a block."""
     aliases: Value | None = None
     """The operand of which the result is a view or which it is itself."""
+    differentiable: bool = True
+    """Whether the result of operands that require a gradient requires one."""
 
     @property
     def values(self) -> tuple[Value, ...]:

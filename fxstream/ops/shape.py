@@ -61,8 +61,8 @@ def flatten(input: Value, start_dim: int = 0, end_dim: int = -1) -> Local | NotL
 @register(operator.getitem)
 def getitem(input: Value, index: Any) -> Local | NotLocal:
     items = list(index) if isinstance(index, tuple) else [index]
-    if not all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items):
-        return NotLocal("is indexed by something else than integers and slices")
+    if not all(map(_is_plain, items)):
+        return NotLocal("is indexed by something else than known integers and slices")
     used = sum(item is not None and item is not Ellipsis for item in items)
     if Ellipsis not in items:
         items.append(Ellipsis)
@@ -104,6 +104,11 @@ def getitem(input: Value, index: Any) -> Local | NotLocal:
         return fit(block, spans)[tuple(block_index)]
 
     return Local((input,), tuple(dims), run, windows, aliases=input)
+
+
+def _is_plain(item: Any) -> bool:
+    parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+    return all(part is None or part is Ellipsis or isinstance(part, int) for part in parts)
 
 
 def _crop(item: Any) -> Sliding | None:
