@@ -31,7 +31,7 @@ def pointwise(
         return NotLocal(
             "writes values of the image into a tensor that does not depend on it", "use the out-of-place form"
         )
-    if mutates and [dim.size for dim in dims] != [dim.size for dim in args[0].dims]:
+    if mutates and _grows(args[0], dims):
         return NotLocal("writes more values into a tensor than it holds")
     operands: dict[int | str, Value | Sliced] = {}
     for name, arg in named.items():
@@ -51,6 +51,11 @@ def pointwise(
         return result.to(filled[0].dtype) if mutates else result
 
     return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
+
+
+def _grows(target: Value, dims: tuple[Dim, ...]) -> bool:
+    sizes = zip(target.dims, dims, strict=False)
+    return len(dims) > target.rank or any(None not in (old.size, new.size) and old != new for old, new in sizes)
 
 
 def _extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
