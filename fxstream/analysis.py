@@ -11,15 +11,15 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
-from .axes import Dim, Value, axis_names
+from .axes import Dim, Symbol, Value, axis_names
 from .errors import StreamingError, TileShapeError
-from .lower import answer, complaint, label, operation, overwrites
+from .lower import answer, complaint, define, label, leaves, locals_of, operation, overwrites
 from .memory import Memory
-from .ops import Local, NotLocal, Unknown, rule_for
+from .ops import Answer, Fact, Local, NotLocal, Unknown, rule_for
 from .trace import Trace, has_hooks
-from .window import Window
+from .window import IDENTITY, Window
 
-Status = Literal["image", "constant", "local", "stop", "head"]
+Status = Literal["image", "constant", "size", "local", "stop", "head"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Finding:
 
     node: fx.Node
     status: Status
-    """image: the streamed input; constant: does not depend on it; local: streams; stop: depends on the image but is
-    not local; head: comes after a stop."""
+    """image: the streamed input; constant: does not depend on it; size: depends on nothing but its size; local: streams;
+    stop: depends on the image but is not local; head: comes after a stop."""
     operation: str
-    local: Local | None = None
+    answer: Answer | None = None
     problem: NotLocal | None = None
     reads: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     """Values that were overwritten in place before this node runs -> the results to read instead."""
@@ -112,7 +112,7 @@ class Analysis:
         """The nodes of the streamed part, in order: the local ones that an output needs."""
         names = {node.name for node in self.outputs}
         needed = names.union(*(nx.ancestors(self.graph, name) for name in names))
-        return [f.node for f in self.findings if f.status == "local" and f.node.name in needed]
+        return [f.node for f in self.findings if f.status in ("local", "size") and f.node.name in needed]
 
     def receptive_field(self, node: fx.Node | str) -> dict[str, ReceptiveField] | None:
         """Per streamed axis, what one position of a local node sees; None where branches advance at different rates."""
@@ -197,20 +197,25 @@ class _Walk:
         self.states = {
             path: [f"{path}.{name}" for name in module.state_dict()] for path, module in self.modules.items()
         }
-        dims = tuple(Dim(name if name in axes else None) for name in names)
-        self.values = {image: Value(dims, self.nodes.index(image))}
+        dims = tuple(Dim(name if name in axes else None, Symbol()) for name in names)
+        self.values: dict[fx.Node, Any] = {image: Value(dims, 0)}
+        self.owners = [image]
+        """The nodes to which the numbered values belong."""
         self.conflict: tuple[fx.Node, NotLocal] | None = None
 
     def visit(self, node: fx.Node) -> Finding:
         finding = self.found[node] = self._classify(node)
-        if finding.local is not None:
-            local = finding.local
-            self.values[node] = Value(local.dims, self.nodes.index(node))
-            target, base = self._node_of(local.mutates), self._node_of(local.aliases)
-            if target is not None:
-                self.memory.overwrite(node, target)
+        if finding.status in ("local", "size"):
+            assert finding.answer is not None
+            self.values[node] = define(finding.answer, len(self.owners))
+            local = locals_of(finding.answer)
+            self.owners += [node] * len(local)
+            if len(local) == 1 and local[0].mutates is not None:
+                self.memory.overwrite(node, self._node_of(local[0].mutates))
             else:
-                self.memory.add(node, () if base is None else (base,))
+                passed = [leaf for leaf in leaves(self.values[node]) if isinstance(leaf, Value)] if not local else []
+                bases = [one.aliases for one in local if one.aliases is not None]
+                self.memory.add(node, map(self._node_of, [*bases, *passed]))
         elif finding.status != "image":
             # Without a rule that says otherwise, its result may be a view of anything that it reads.
             shares = () if self._slides(node) else map(self.memory.latest, node.all_input_nodes)
@@ -240,41 +245,48 @@ class _Walk:
         reads = {old: new for old, new in zip(node.all_input_nodes, sources, strict=True) if old is not new}
         ended = node.op == "output" or any(map(self._in_head, depending))
         ended = ended or self.memory.spoilt(sources, self._state(node))
-        local = None if ended else self._ask(node, module)
-        if isinstance(local, Local):
+        found = None if ended else self._ask(node, module)
+        if found is not None and locals_of(found):
             constants = [source for source in sources if source not in depending]
-            local = self.memory.read_constants(node, constants, self._state(node)) or local
-        if isinstance(local, Local):
-            windows = {self._node_of(value): self._windows(local, value) for value in local.values}
-            return Finding(node, "local", name, local, reads=reads, windows=windows)  # type: ignore[arg-type]  # no None
+            found = self.memory.read_constants(node, constants, self._state(node)) or found
+        if found is not None and not isinstance(found, NotLocal):
+            of_values = not isinstance(found, Fact) or any(isinstance(leaf, Value) for leaf in leaves(found.value))
+            status: Status = "local" if of_values else "size"
+            return Finding(node, status, name, found, reads=reads, windows=self._windows(node, found))
         if node.op != "output" and overwrites(node, module):
             self._spoil(node, sources)
-        return Finding(node, "head" if local is None else "stop", name, problem=local, reads=reads)
+        return Finding(node, "head" if found is None else "stop", name, problem=found, reads=reads)
 
     def _in_head(self, node: fx.Node) -> bool:
         return self.found[node].status in ("stop", "head")
 
-    def _ask(self, node: fx.Node, module: nn.Module | None) -> Local | NotLocal:
+    def _ask(self, node: fx.Node, module: nn.Module | None) -> Answer:
         if node in self.left_to_head:
             return self.left_to_head[node]
         if module is not None and has_hooks(module):
             return NotLocal("has a hook, which would run once a tile", "remove the hook")
         if module is not None and str(node.target) in self.trace.opaque:
             return NotLocal(f"is one opaque call: {self.trace.opaque[str(node.target)]}", "make it traceable")
-        local = answer(node, self._input, module, freeze=self.freeze)
-        if isinstance(local, Local) and (target := self._node_of(local.mutates)) is not None:
-            return self.memory.obstacle(node, target, self._in_head) or local
-        return local
+        found = answer(node, self._input, module, freeze=self.freeze)
+        if isinstance(found, Local) and found.mutates is not None:
+            return self.memory.obstacle(node, self._node_of(found.mutates), self._in_head) or found
+        return found
 
     def _input(self, node: fx.Node) -> Any:
         node = self.memory.latest(node)
         return self.values[node] if node in self.values else self.constants[node]
 
-    def _node_of(self, value: Value | None) -> fx.Node | None:
-        return None if value is None else self.nodes[value.index]
+    def _node_of(self, value: Value) -> fx.Node:
+        return self.owners[value.index]
 
-    def _windows(self, local: Local, value: Value) -> dict[str, Window]:
-        return {axis: local.window(value, axis) for axis in self.axes}
+    def _windows(self, node: fx.Node, found: Answer) -> dict[fx.Node, dict[str, Window]]:
+        """What a local node reads of each value, per streamed axis."""
+        if isinstance(found, Fact):
+            return {
+                source: dict.fromkeys(self.axes, IDENTITY) for source in map(self.memory.latest, node.all_input_nodes)
+            }
+        reads = ((local, value) for local in locals_of(found) for value in local.values)
+        return {self._node_of(value): {axis: local.window(value, axis) for axis in self.axes} for local, value in reads}
 
     def _spoil(self, node: fx.Node, sources: list[fx.Node]) -> None:
         shared = self.memory.spoil(node, sources, lambda source: self.found[source].status == "local")
@@ -323,7 +335,22 @@ def _outputs(findings: list[Finding]) -> list[fx.Node]:
     """The local values that the head reads, each under the name of the result that it sees."""
     head = [finding for finding in findings if finding.status in ("stop", "head")]
     crossing = {finding.reads.get(source, source) for finding in head for source in finding.node.all_input_nodes}
-    return [finding.node for finding in findings if finding.status == "local" and finding.node in crossing]
+    outside = image_sizes(findings)
+    return [
+        finding.node
+        for finding in findings
+        if finding.status in ("local", "size") and finding.node in crossing and finding.node not in outside
+    ]
+
+
+def image_sizes(findings: list[Finding]) -> set[fx.Node]:
+    """The nodes that depend on nothing but the size of the image itself: the head can read it there."""
+    found: set[fx.Node] = set()
+    for finding in findings:
+        sources = {finding.reads.get(source, source) for source in finding.node.all_input_nodes}
+        if finding.status in ("image", "constant") or (finding.status == "size" and sources <= found):
+            found.add(finding.node)
+    return {finding.node for finding in findings if finding.status == "size" and finding.node in found}
 
 
 def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
@@ -341,7 +368,7 @@ def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
 
 def _receptive_field(graph: nx.DiGraph[str], name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
     status = graph.nodes[name]["status"]
-    if status != "local":
+    if status not in ("local", "size"):
         return dict.fromkeys(axes, ReceptiveField()) if status == "image" else None
     fields: dict[str, ReceptiveField] = {}
     for source in graph.predecessors(name):

@@ -2,15 +2,16 @@
 
 Streaming is along a chosen set of axes of the image. Only those carry a tag (`"N"`, `"H"`, `"W"` ...); a dimension
 without a tag is whole in every block, and operations may do with it what they like. Every value of the streamed
-part has every tag exactly once.
+part has every tag exactly once. Sizes that a model reads off a value are those of the whole value, and remember
+whether they are the extent of a streamed axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .window import Window
+from .window import IDENTITY, Window
 
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
@@ -20,12 +21,46 @@ def axis_names(spatial: int) -> tuple[str, ...]:
     return ("N", "C", *SPATIAL_NAMES[spatial])
 
 
+class Symbol:
+    """A number that is known only at a call; each one equals itself alone."""
+
+
+class Extent(int):
+    """The size of a value along a streamed axis, as a model reads it."""
+
+    tag: str
+    value: Value
+
+
+class SymbolicExtent(Symbol):
+    """The same at conversion."""
+
+    def __init__(self, symbol: Symbol, tag: str, value: Value):
+        self.symbol = symbol
+        self.tag = tag
+        self.value = value
+
+
+Size = int | Symbol
+
+
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a value: the streamed axis that it is (or None) and its size in the whole value, if known."""
+    """One dimension of a value: the streamed axis that it is (or None) and its size in the whole value."""
 
-    tag: str | None = None
-    size: int | None = None
+    tag: str | None
+    size: Size
+
+    @property
+    def known(self) -> int | None:
+        """Its size, if that is known already."""
+        return self.size if isinstance(self.size, int) else None
+
+    def through(self, window: Window) -> Dim:
+        """The dimension after a window has slid along it. Raises ValueError where the window does not fit."""
+        if window == IDENTITY:
+            return self
+        return Dim(self.tag, window.size(self.size) if isinstance(self.size, int) else Symbol())
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +90,24 @@ class Value:
         """The dimension that is the streamed axis `tag`."""
         return next(index for index, dim in enumerate(self.dims) if dim.tag == tag)
 
-    def resized(self, sizes: Mapping[int, int | None]) -> tuple[Dim, ...]:
+    def resized(self, sizes: Mapping[int, Size]) -> tuple[Dim, ...]:
         """Its dimensions with other sizes."""
         return tuple(replace(dim, size=sizes.get(index, dim.size)) for index, dim in enumerate(self.dims))
 
     def slid(self, windows: Mapping[int, Window]) -> tuple[Dim, ...]:
         """Its dimensions after windows have slid along some of them. Raises ValueError where one does not fit."""
-        sizes = ((index, self.dims[index].size, window) for index, window in windows.items())
-        return self.resized({index: None if size is None else window.size(size) for index, size, window in sizes})
+        return tuple(dim.through(windows.get(index, IDENTITY)) for index, dim in enumerate(self.dims))
+
+    def size(self, index: int) -> Size:
+        """The size of a dimension as a model reads it: of the whole value, and aware of the axis."""
+        dim = self.dims[self.dim(index)]
+        if dim.tag is None:
+            return dim.size
+        if isinstance(dim.size, Symbol):
+            return SymbolicExtent(dim.size, dim.tag, self)
+        extent = Extent(dim.size)
+        extent.tag, extent.value = dim.tag, self
+        return extent
 
 
 def broadcast(values: Iterable[Value]) -> tuple[Dim, ...] | None:
@@ -76,6 +121,86 @@ def broadcast(values: Iterable[Value]) -> tuple[Dim, ...] | None:
 
 
 def _joined(dims: list[Dim]) -> Dim:
-    tag = next((dim.tag for dim in dims if dim.tag is not None), None)
-    sizes = {dim.size for dim in dims} - {1}
-    return Dim(tag, sizes.pop() if len(sizes) == 1 else (None if sizes else 1))
+    others = [dim for dim in dims if dim.size != 1] or dims
+    return others[0] if all(dim.size == others[0].size for dim in others) else Dim(others[0].tag, Symbol())
+
+
+def is_extent(size: object, dim: Dim) -> bool:
+    """Whether a size that a model uses is the extent of just this streamed dimension."""
+    if isinstance(size, SymbolicExtent):
+        return size.tag == dim.tag and size.symbol is dim.size
+    return isinstance(size, Extent) and size.tag == dim.tag and size == dim.size
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """The product of sizes; one that nobody knows if one of them is such."""
+    total = 1
+    for size in sizes:
+        if isinstance(size, Symbol):
+            return Symbol()
+        total *= size
+    return total
+
+
+def reshaped(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
+    """The dimensions of a reshape to `sizes`; None if it would split, merge or reorder a streamed axis.
+
+    A streamed dimension must appear in `sizes` as its own extent, or be what the one -1 among them stands for; between
+    two of these, other dimensions may be split and merged.
+    """
+    streamed = [index for index, dim in enumerate(dims) if dim.tag is not None]
+    for inferred in [None, *streamed]:
+        result = _reshaped(dims, sizes, inferred)
+        if result is not None:
+            return result
+    return None
+
+
+def _reshaped(dims: Sequence[Dim], sizes: Sequence[Size], inferred: int | None) -> list[Dim] | None:
+    """The same, where -1 stands for the streamed dimension `inferred`, or for one that is not streamed."""
+    result: list[Dim] = []
+    start = at = 0
+    for index in [*(i for i, dim in enumerate(dims) if dim.tag is not None), len(dims)]:
+        last = index == len(dims)
+        stop = (
+            len(sizes)
+            if last
+            else next((j for j in range(at, len(sizes)) if _is(sizes[j], index, dims, inferred)), None)
+        )
+        if stop is None:
+            return None
+        run = _run(dims[start:index], sizes[at:stop])
+        if run is None:
+            return None
+        result += run
+        if not last:
+            result.append(dims[index])
+        start, at = index + 1, stop + 1
+    return result
+
+
+def _is(size: Size, index: int, dims: Sequence[Dim], inferred: int | None) -> bool:
+    return is_extent(size, dims[index]) or (inferred == index and size == -1)
+
+
+def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
+    """Dimensions that are not streamed, reshaped to `sizes`."""
+    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
+        return None
+    before = product(dim.size for dim in dims)
+    after = product(size for size in sizes if size != -1)
+    if -1 in sizes:
+        same = [dim.size for dim in dims if dim.size in sizes]
+        rest = [dim.size for dim in dims if dim.size not in same]
+        others = [size for size in sizes if size != -1 and size not in same]
+        missing: Size = Symbol()
+        if isinstance(before, int) and isinstance(after, int):
+            if after == 0 or before % after:
+                return None
+            missing = before // after
+        elif not others:
+            missing = product(rest)
+        return [Dim(None, missing if size == -1 else size) for size in sizes]
+    if isinstance(before, int) and isinstance(after, int) and before != after:
+        return None
+    return [Dim(None, size) for size in sizes]

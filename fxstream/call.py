@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from .axes import Dim, Value
 from .errors import ImageTooSmallError
-from .lower import Step, label, lower, program
+from .lower import Lowered, Step, label, lower, program
 from .schedule import Grid, SizeError, schedule
 
 
@@ -72,7 +72,7 @@ class Call:
                 stack.enter_context(torch.autocast(**options))
             yield
 
-    def steps(self, tensors: Sequence[torch.Tensor]) -> list[Step]:
+    def lowered(self, tensors: Sequence[torch.Tensor]) -> Lowered:
         """Lower the graph onto the call's tensors, or onto aliases of them."""
         rest = iter(tensors[1:])
         inputs = [next(rest) if value is _SLOT else value for value in self.inputs]

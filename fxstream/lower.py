@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .axes import Value
+from .axes import Symbol, Value
 from .errors import ImageTooSmallError, NotLocalError
-from .ops import Local, NotLocal, Rule, rule_for
+from .ops import Answer, Fact, Local, NotLocal, Rule, Unknown, rule_for
 from .schedule import Program
 from .window import Span
 
@@ -73,17 +73,23 @@ def answer(
     module: nn.Module | None,
     attributes: Mapping[str, Any] | None = None,
     freeze: bool = False,
-) -> Local | NotLocal:
+) -> Answer:
     """What the rule of a node's operation says, given the value of each node that it reads.
 
     `attributes` stand in for the module's; with `freeze` a batch norm uses its running statistics whatever its mode.
     Raises ImageTooSmallError where a window does not fit the image.
     """
-    rule = rule_for(type(module) if module is not None else node.target)
-    if rule is None:
-        return NotLocal(f"there is no streaming rule for {operation(node, module)}")
     args: tuple[Any, ...]
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
+    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+        return Fact(args[0][args[1]])
+    rule = rule_for(type(module) if module is not None else node.target)
+    found = leaves((args, kwargs))
+    if not any(isinstance(leaf, Value) for leaf in found):
+        if not (rule is not None and rule.takes_sizes and any(isinstance(leaf, torch.Tensor) for leaf in found)):
+            return _of_sizes(node, args, kwargs, found)
+    if rule is None:
+        return NotLocal(f"there is no streaming rule for {operation(node, module)}")
     if module is not None:
         frozen = {"training": False} if freeze and isinstance(module, _BatchNorm) else {}
         args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
@@ -96,8 +102,49 @@ def answer(
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
 
 
+def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any]) -> Answer:
+    """Arithmetic with sizes that were read off values; they are those of the whole values."""
+    known = (
+        getattr(node.target, "__module__", None) in ("_operator", "builtins", "math") or node.target is torch._assert
+    )
+    if node.op != "call_function" or not known or any(isinstance(leaf, torch.Tensor) for leaf in found):
+        return NotLocal(
+            f"uses a size of the image in {operation(node, None)}", "use the size of a value that is not streamed"
+        )
+    if any(isinstance(leaf, (Symbol, Unknown)) for leaf in found):
+        return Fact(Symbol())
+    assert callable(node.target)
+    return Fact(node.target(*args, **kwargs))
+
+
 def _frozen(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**rule.signature.bind(*args, **kwargs).arguments, "training": False}
+
+
+def leaves(nested: Any) -> list[Any]:
+    """What nested tuples, lists, dicts and slices hold."""
+    found: list[Any] = []
+    fx.node.map_aggregate(nested, found.append)
+    return found
+
+
+def locals_of(found: Answer) -> tuple[Local, ...]:
+    """The operations in an answer."""
+    return (
+        (found,)
+        if isinstance(found, Local)
+        else found
+        if isinstance(found, tuple) and not isinstance(found, Fact)
+        else ()
+    )  # type: ignore[return-value]
+
+
+def define(found: Answer, index: int) -> Any:
+    """The value of a node: for each operation in the answer a Value, numbered from `index`; for a fact what it says."""
+    if isinstance(found, Fact):
+        return found.value
+    values = tuple(Value(local.dims, index + number) for number, local in enumerate(locals_of(found)))
+    return values[0] if isinstance(found, Local) else values
 
 
 @dataclass(frozen=True)
@@ -112,6 +159,15 @@ class Step:
     """Whether the value depends on something that requires a gradient."""
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """The streamed graph of one call: value 0 is the image, value i comes from `steps[i - 1]`."""
+
+    steps: list[Step]
+    results: tuple[Any, ...]
+    """What the graph returns: Values, and facts."""
+
+
 def lower(
     graph: fx.Graph,
     image: Value,
@@ -121,7 +177,7 @@ def lower(
     attributes: Mapping[str, Mapping[str, torch.Tensor]],
     axes: tuple[str, ...],
     freeze: bool,
-) -> list[Step]:
+) -> Lowered:
     """Lower the streamed graph onto an image and `inputs`, what its placeholders but the first receive.
 
     `attributes` are the tensors of each module. Raises NotLocalError, or the error that the rule names, where an
@@ -130,21 +186,29 @@ def lower(
     first, *others = (node for node in graph.nodes if node.op == "placeholder")
     entering = dict(zip(others, inputs, strict=True))
     values: dict[fx.Node, Any] = {first: image, **entering}
-    trained = {node: requires_grad(value) for node, value in entering.items()} | {first: differentiable}
+    trained = {node: any(map(requires_grad, leaves(value))) for node, value in entering.items()} | {
+        first: differentiable
+    }
     steps: list[Step] = []
     for node in graph.nodes:
         if not node.op.startswith("call"):
             continue
         path = str(node.target)
         own = attributes[path] if node.op == "call_module" else {}
-        local = answer(node, values.__getitem__, modules[path] if node.op == "call_module" else None, own, freeze)
-        if isinstance(local, NotLocal):
-            raise (local.error or NotLocalError)(complaint(node, local))
+        found = answer(node, values.__getitem__, modules[path] if node.op == "call_module" else None, own, freeze)
+        if isinstance(found, NotLocal):
+            raise (found.error or NotLocalError)(complaint(node, found))
+        values[node] = define(found, len(steps) + 1)
         used = any(trained[source] for source in node.all_input_nodes) or any(map(requires_grad, own.values()))
-        trained[node] = local.differentiable and used
-        values[node] = Value(local.dims, index=len(steps) + 1)
-        steps.append(Step(node, local, tuple(_spans(local, axes)), trained[node]))
-    return steps
+        trained[node] = used and all(local.differentiable for local in locals_of(found))
+        steps += [Step(node, local, tuple(_spans(local, axes)), trained[node]) for local in locals_of(found)]
+    return Lowered(steps, tuple(values[node] for node in returned(graph)))
+
+
+def returned(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that a streamed graph returns."""
+    (output,) = graph.output_node().args
+    return [output] if isinstance(output, fx.Node) else list(output)  # type: ignore[arg-type]  # a tuple of nodes
 
 
 def requires_grad(value: Any) -> bool:
@@ -162,7 +226,7 @@ def _spans(local: Local, axes: tuple[str, ...]) -> Iterator[int | Span]:
         if here.tag is not None:
             yield axes.index(here.tag)
         else:
-            assert here.size is not None, "sizes are known at a call"
+            assert isinstance(here.size, int), "sizes are known at a call"
             yield window.span(0, window.size(here.size), here.size).of_whole()
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from .analysis import Analysis
+from .analysis import Analysis, image_sizes
 
 Nodes = dict[fx.Node, fx.Node]
 
@@ -55,10 +55,23 @@ def _outer(analysis: Analysis, name: str, entering: list[fx.Node]) -> fx.Graph:
     else:
         for index, node in enumerate(analysis.outputs):
             new[node] = graph.call_function(operator.getitem, (call, index))
+    outside = _wanted(analysis)
     for finding in analysis.findings:
-        if finding.status != "local" and finding.node not in new:
+        if (finding.status not in ("local", "size") or finding.node in outside) and finding.node not in new:
             _copy(graph, finding.node, finding.reads, new)
     return graph
+
+
+def _wanted(analysis: Analysis) -> set[fx.Node]:
+    """The sizes of the image that the head reads, or that are read for an effect (an assertion)."""
+    sizes = image_sizes(analysis.findings)
+    wanted: set[fx.Node] = set()
+    for finding in reversed(analysis.findings):
+        if finding.node in sizes and not finding.node.users:
+            wanted.add(finding.node)
+        if finding.status in ("stop", "head") or finding.node in wanted:
+            wanted |= sizes.intersection(finding.node.all_input_nodes)
+    return wanted
 
 
 def _copy(graph: fx.Graph, node: fx.Node, reads: Mapping[fx.Node, fx.Node], new: Nodes) -> None:

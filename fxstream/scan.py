@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import fx
 
 from .axes import Value
 from .call import Call
 from .carry import Placement, Stitch, empty_like, index_of, stitch
-from .lower import Step, program
+from .lower import Step, leaves, program
 from .ops import Sliced
 from .schedule import Tile, readers
 
@@ -29,7 +30,8 @@ class Scan:
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
         self.call = call
         self.tensors = tensors
-        self.steps = call.steps(tensors)
+        lowered = call.lowered(tensors)
+        self.steps, self.results = lowered.steps, lowered.results
         self.grid = call.grid(self.steps)
         self.axes = call.settings.axes
         self.slots = {id(tensor): slot for slot, tensor in enumerate(tensors)}
@@ -44,8 +46,13 @@ class Scan:
 
     def _outputs(self) -> list[int]:
         """The values that the graph returns, numbered as in the program."""
-        numbers = {step.node: value for value, step in enumerate(self.steps, start=1)}
-        return [numbers[node] for node in self.call.graph.output_node().all_input_nodes]
+        return list(dict.fromkeys(leaf.index for leaf in leaves(self.results) if isinstance(leaf, Value)))
+
+    def returned(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What the graph returns, with the outputs' tensors in place of values."""
+        by_index = dict(zip(self.outputs, tensors, strict=True))
+        fill = lambda leaf: by_index[leaf.index] if isinstance(leaf, Value) else leaf  # noqa: E731
+        return fx.node.map_aggregate(self.results, fill)
 
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for (a part of) the value is of any use."""

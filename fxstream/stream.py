@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .call import Call, Settings, prepare
+from .call import Settings, prepare
 from .errors import DoubleBackwardError, HookError, InputError, ModeError
 from .scan import Scan
 from .serialize import dump_graph, load_graph
@@ -41,11 +41,13 @@ class Streamed(nn.Module):
         _check_image(image, self.settings)
         modules = {path: owner.get_submodule(path) for path in self._paths}
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
+        scan = Scan(call, tensors)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            outputs = _StreamedFunction.apply(call, *tensors)
+            outputs = _StreamedFunction.apply(scan, *tensors)
         else:
-            outputs, _ = Scan(call, tensors).forward(keep=False)
-        return outputs[0] if isinstance(self.graph.output_node().args[0], fx.Node) else outputs
+            outputs, _ = scan.forward(keep=False)
+        returned = scan.returned(outputs)
+        return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
 
     @property
     def _paths(self) -> list[str]:
@@ -96,10 +98,9 @@ class _StreamedFunction(torch.autograd.Function):
     """The streamed call as one node of the autograd graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scan = Scan(call, tensors)
+    def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs, pieces = scan.forward(keep=True)
-        ctx.call = call
+        ctx.call = scan.call  # not the scan, which holds tensors
         ctx.keys = list(pieces)
         ctx.save_for_backward(*tensors, *pieces.values())
         ctx.set_materialize_grads(False)

@@ -53,7 +53,7 @@ def convolution(
             f"pads in mode '{mode}', which reads rows from the opposite border",
             "use padding_mode='zeros', 'reflect' or 'replicate'",
         )
-    channels = x.dims[1].size
+    channels = x.dims[1].known
     if channels is not None and channels != weight.shape[1] * groups:
         return NotLocal(f"has a kernel for {weight.shape[1] * groups} channels and gets {channels}", error=InputError)
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)

@@ -32,7 +32,7 @@ def batch_norm(
         return NotLocal(f"has its channels along the streamed axis {tags[0]}")
     if any(isinstance(operand, (Value, Unknown)) for operand in (mean, var, weight, bias)):
         return NotLocal("has statistics that are not known before the call")
-    channels = x.dims[1].size
+    channels = x.dims[1].known
     if channels is not None and channels != mean.numel():
         return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 

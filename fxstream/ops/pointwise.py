@@ -55,7 +55,9 @@ def pointwise(
 
 def _grows(target: Value, dims: tuple[Dim, ...]) -> bool:
     sizes = zip(target.dims, dims, strict=False)
-    return len(dims) > target.rank or any(None not in (old.size, new.size) and old != new for old, new in sizes)
+    return len(dims) > target.rank or any(
+        None not in (old.known, new.known) and old.size != new.size for old, new in sizes
+    )
 
 
 def _extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
@@ -69,7 +71,7 @@ def _misfit(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
         return NotLocal(f"is combined with a tensor of {tensor.dim()} dimensions, more than its own {len(dims)}")
     aligned = dims[len(dims) - tensor.dim() :]
     for index, tag in _extents(tensor, dims).items():
-        if aligned[index].size not in (None, tensor.size(index)):
+        if aligned[index].known not in (None, tensor.size(index)):
             return NotLocal(
                 f"has {aligned[index].size} positions along {tag} and meets {tensor.size(index)} in a tensor"
             )

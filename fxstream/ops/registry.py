@@ -2,7 +2,8 @@
 
 A rule is called as the operation is, with a `Value` for each tensor that depends on the image and everything else
 as it is (a module's rule gets the module first). It answers `Local`: the operands, the windows and how to run on
-a block; or `NotLocal`: why not, and the way out. Rules run once at conversion, with sizes unknown, and once at every
+a block (a tuple of these for an operation with several results); `Fact`: something that is known without running, such
+as a size; or `NotLocal`: why not, and the way out. Rules run once at conversion, with sizes unknown, and once at every
 call, so that nothing of a module is captured.
 """
 
@@ -19,7 +20,7 @@ from ..axes import Dim, Value
 from ..window import IDENTITY, Window
 
 Target = type | Callable[..., Any] | str
-RuleFunction = TypeVar("RuleFunction", bound=Callable[..., "Local | NotLocal"])
+RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,12 @@ class Local:
         return self.windows.get(value.position(axis), IDENTITY)
 
 
+class Fact(NamedTuple):
+    """Something about values that is known without running anything."""
+
+    value: Any
+
+
 @dataclass(frozen=True)
 class NotLocal:
     """Why an operation cannot be streamed, and what the user can do about it."""
@@ -78,14 +85,19 @@ class NotLocal:
     """The error to raise if this is found out only at a call."""
 
 
+Answer = Local | tuple[Local, ...] | Fact | NotLocal
+
+
 @dataclass(frozen=True)
 class Rule:
-    function: Callable[..., Local | NotLocal]
+    function: Callable[..., Answer]
     spatial: int | None
     """Number of spatial axes that the operation is made for."""
+    takes_sizes: bool
+    """Whether it can make a value out of nothing of the image but a size."""
     signature: inspect.Signature
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Local | NotLocal:
+    def __call__(self, *args: Any, **kwargs: Any) -> Answer:
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -96,17 +108,20 @@ class Rule:
 _RULES: dict[Target, Rule] = {}
 
 
-def register(*targets: Target, spatial: int | None = None) -> Callable[[RuleFunction], RuleFunction]:
+def register(
+    *targets: Target, spatial: int | None = None, takes_sizes: bool = False
+) -> Callable[[RuleFunction], RuleFunction]:
     """Declare the rule of one or several operations.
 
     Args:
         targets: module classes (exactly these: a subclass may have its own forward), functions as torch.fx records
             them, names of tensor methods.
         spatial: the number of spatial axes, for operations that fix it (2 for Conv2d).
+        takes_sizes: also ask the rule where only sizes depend on the image (a token expanded to the batch).
     """
 
     def declare(function: RuleFunction) -> RuleFunction:
-        rule = Rule(function, spatial, inspect.signature(function))
+        rule = Rule(function, spatial, takes_sizes, inspect.signature(function))
         for target in targets:
             _RULES[target] = rule
         return function

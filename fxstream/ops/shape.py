@@ -1,144 +1,209 @@
-"""Operations that move, join or cut dimensions without computing anything."""
+"""Operations that move, split and merge dimensions without computing anything, and sizes."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..axes import Dim, Value
-from ..window import IDENTITY, Sliding, Span, Window
-from .border import fit
-from .registry import Local, NotLocal, Sliced, Unknown, register
+from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, reshaped
+from ..axes import product as product_of
+from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
 
 @register(nn.Identity)
-def identity(m: Any, input: Value) -> Local | NotLocal:
+def identity(m: Any, input: Value) -> Answer:
     return Local((input,), input.dims, lambda block: block, aliases=input)
 
 
-@register(torch.cat, torch.concat, torch.concatenate)
-def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
-    values = [tensor for tensor in tensors if isinstance(tensor, Value)]
-    first = values[0]
-    dim = first.dim(dim)
-    if tags := first.tags([dim]):
-        return NotLocal(f"concatenates along the streamed axis {tags[0]}", "concatenate along the channels")
-    if any(isinstance(tensor, Unknown) for tensor in tensors):
-        return NotLocal("concatenates a tensor that is not known before the call")
-    if any([d.tag for d in value.dims] != [d.tag for d in first.dims] for value in values):
-        return NotLocal("concatenates values whose streamed axes are not aligned")
-    extents = {index: d.tag for index, d in enumerate(first.dims) if d.tag is not None}
-    operands = tuple(tensor if isinstance(tensor, Value) else Sliced(tensor, extents) for tensor in tensors)
-    sizes = [tensor.dims[dim].size if isinstance(tensor, Value) else tensor.size(dim) for tensor in tensors]
-    total = None if None in sizes else sum(sizes)  # type: ignore[arg-type]  # no None among them
-    return Local(operands, first.resized({dim: total}), lambda *blocks: torch.cat(blocks, dim))
+# Sizes that a model reads are those of the whole value.
+
+
+@register("size")
+def size(input: Value, dim: int | None = None) -> Answer:
+    return Fact(tuple(map(input.size, range(input.rank))) if dim is None else input.size(dim))
+
+
+@register("dim", "ndimension")
+def rank(input: Value) -> Answer:
+    return Fact(input.rank)
+
+
+@register(getattr)
+def attribute(input: Value, name: str) -> Answer:
+    if name == "shape":
+        return size(input)
+    if name == "ndim":
+        return rank(input)
+    return NotLocal(f"reads the attribute {name} of a value")
+
+
+# Dimensions in another order.
+
+
+def _permuted(x: Value, order: Sequence[int]) -> Answer:
+    order = tuple(x.dim(index) for index in order)
+    return Local((x,), tuple(x.dims[index] for index in order), lambda block: block.permute(order), aliases=x)
+
+
+@register(torch.permute, "permute")
+def permute(input: Value, *dims: Any) -> Answer:
+    return _permuted(input, dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+
+
+@register(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims")
+def transpose(input: Value, dim0: int, dim1: int) -> Answer:
+    order = list(range(input.rank))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permuted(input, order)
+
+
+@register(torch.movedim, torch.moveaxis, "movedim", "moveaxis")
+def movedim(input: Value, source: Any, destination: Any) -> Answer:
+    # The dimensions are integers: torch itself knows best where they go.
+    moved = torch.movedim(
+        torch.empty((0,) * input.rank).as_strided((1,) * input.rank, range(input.rank)), source, destination
+    )
+    return _permuted(input, moved.stride())
+
+
+# Dimensions split and merged.
+
+
+def _reshape(x: Value, sizes: Sequence[Any]) -> Answer:
+    if any(isinstance(size, Unknown) for size in sizes):
+        return NotLocal("is reshaped to sizes that are not known before the call")
+    dims = reshaped(x.dims, sizes)
+    if dims is None:
+        return NotLocal(f"splits, merges or moves a streamed axis ({', '.join(x.tags())}) by reshaping")
+    # Of a streamed axis the block has its own extent, which is taken from the block.
+    shape = [dim.size if dim.tag is None else x.position(dim.tag) for dim in dims]
+    streamed = [dim.tag is not None for dim in dims]
+
+    def run(block: torch.Tensor) -> torch.Tensor:
+        return block.reshape([block.size(n) if own else n for n, own in zip(shape, streamed, strict=True)])  # type: ignore[misc, arg-type]  # sizes are known at a call
+
+    return Local((x,), tuple(dims), run, aliases=x)
+
+
+def _sizes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A shape given as several arguments or as one."""
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+@register("view", "reshape")
+def view(input: Value, *shape: Any) -> Answer:
+    if shape and isinstance(shape[0], torch.dtype):
+        return NotLocal("reads the bits of a value as another type")
+    return _reshape(input, _sizes(shape))
+
+
+@register(torch.reshape)
+def reshape(input: Value, shape: Any) -> Answer:
+    return _reshape(input, tuple(shape))
+
+
+@register(torch.flatten, "flatten")
+def flatten(input: Value, start_dim: int = 0, end_dim: int = -1) -> Answer:
+    start, end = input.dim(start_dim), input.dim(end_dim)
+    if start == end:
+        return Local((input,), input.dims, lambda block: block, aliases=input)
+    if tags := input.tags(range(start, end + 1)):
+        return NotLocal(f"merges the streamed axis {' and '.join(tags)} into another dimension")
+    merged = Dim(None, product_of(dim.size for dim in input.dims[start : end + 1]))
+    dims = (*input.dims[:start], merged, *input.dims[end + 1 :])
+    return Local((input,), dims, lambda block: block.flatten(start, end), aliases=input)
+
+
+@register(nn.Flatten)
+def flatten_module(m: Any, input: Value) -> Answer:
+    return flatten(input, m.start_dim, m.end_dim)
+
+
+@register(torch.unflatten, "unflatten")
+def unflatten(input: Value, dim: int, sizes: Sequence[Any]) -> Answer:
+    dim = input.dim(dim)
+    return _reshape(input, [*map(input.size, range(dim)), *sizes, *map(input.size, range(dim + 1, input.rank))])
+
+
+@register(nn.Unflatten)
+def unflatten_module(m: Any, input: Value) -> Answer:
+    return unflatten(input, m.dim, m.unflattened_size)
 
 
 @register(torch.unsqueeze, "unsqueeze")
-def unsqueeze(input: Value, dim: int) -> Local | NotLocal:
-    at = dim if dim >= 0 else dim + input.rank + 1
+def unsqueeze(input: Value, dim: int) -> Answer:
+    at = dim % (input.rank + 1)
     dims = (*input.dims[:at], Dim(None, 1), *input.dims[at:])
     return Local((input,), dims, lambda block: block.unsqueeze(at), aliases=input)
 
 
-@register(torch.flatten, "flatten")
-def flatten(input: Value, start_dim: int = 0, end_dim: int = -1) -> Local | NotLocal:
-    start, end = input.dim(start_dim), input.dim(end_dim)
-    merged = input.dims[start : end + 1]
-    if tags := input.tags(range(start, end + 1)):
-        return NotLocal(f"merges the streamed axis {' and '.join(tags)} into another dimension")
-    size: int | None = 1
-    for dim in merged:
-        size = None if size is None or dim.size is None else size * dim.size
-    dims = (*input.dims[:start], Dim(None, size), *input.dims[end + 1 :])
-    return Local((input,), dims, lambda block: block.flatten(start, end), aliases=input)
+@register(torch.squeeze, "squeeze")
+def squeeze(input: Value, dim: Any = None) -> Answer:
+    given = range(input.rank) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    chosen = [index for index in map(input.dim, given) if input.dims[index].size == 1 or dim is not None]
+    if tags := input.tags(chosen if dim is not None else range(input.rank)):
+        return NotLocal(f"removes dimensions of size 1, of which the streamed axis {tags[0]} may be one")
+    if any(input.dims[index].known is None for index in given):
+        return NotLocal("removes dimensions of size 1, whose sizes are not known before the call")
+    removed = tuple(index for index in chosen if input.dims[index].size == 1)
+    dims = tuple(d for index, d in enumerate(input.dims) if index not in removed)
+    return Local((input,), dims, lambda block: block.squeeze(removed), aliases=input)
 
 
-@register(operator.getitem)
-def getitem(input: Value, index: Any) -> Local | NotLocal:
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not all(map(_is_plain, items)):
-        return NotLocal("is indexed by something else than known integers and slices")
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    at = items.index(Ellipsis)
-    items[at : at + 1] = [slice(None)] * (input.rank - used)
-
-    dims: list[Dim] = []
-    block_index: list[Any] = []
-    windows: dict[int, Window] = {}
-    source = iter(enumerate(input.dims))
-    for item in items:
-        if item is None:
-            dims.append(Dim(None, 1))
-            block_index.append(None)
-            continue
-        position, dim = next(source)
-        if dim.tag is None:
-            if isinstance(item, slice):
-                size = None if dim.size is None else len(range(*item.indices(dim.size)))
-                dims.append(Dim(None, size))
-            block_index.append(item)
-        elif item == slice(None):
-            dims.append(dim)
-            block_index.append(slice(None))
-        elif (window := _crop(item)) is None:
-            return NotLocal(f"picks positions along the streamed axis {dim.tag} by an index counted from the start")
-        else:
-            windows[position] = window
-            dims.append(Dim(dim.tag, None if dim.size is None else window.size(dim.size)))
-            block_index.append(slice(None, None, window.stride))
-
-    if not windows:
-        return Local((input,), tuple(dims), lambda block: block[tuple(block_index)], aliases=input)
-    # `fit` takes one span for each of the last dimensions.
-    first = min(windows)
-    windows = {position: windows.get(position, IDENTITY) for position in range(first, input.rank)}
-
-    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        return fit(block, spans)[tuple(block_index)]
-
-    return Local((input,), tuple(dims), run, windows, aliases=input)
+@register("expand", takes_sizes=True)
+def expand(input: Any, *shape: Any) -> Answer:
+    sizes = _sizes(shape)
+    if isinstance(input, Value):
+        return _expanded(input, sizes)
+    return _token(input, sizes)
 
 
-def _is_plain(item: Any) -> bool:
-    parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
-    return all(part is None or part is Ellipsis or isinstance(part, int) for part in parts)
+def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
+    new = len(sizes) - x.rank
+    dims = [Dim(None, size) for size in sizes[:new]]
+    for dim, size in zip(x.dims, sizes[new:], strict=True):
+        if (
+            dim.tag is not None
+            and size != -1
+            and not (isinstance(size, (Extent, SymbolicExtent)) and size.tag == dim.tag)
+        ):
+            return NotLocal(f"expands the streamed axis {dim.tag}")
+        dims.append(dim if dim.tag is not None or size == -1 else Dim(None, size))
+    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes[:new]):
+        return NotLocal("expands a value to the extent of a streamed axis")
+    kept = [-1 if size == -1 or dim.tag is not None else size for dim, size in zip(dims, sizes, strict=True)]
+    return Local((x,), tuple(dims), lambda block: block.expand(kept), aliases=x)
 
 
-def _crop(item: Any) -> Sliding | None:
-    """`x[a:-b:s]` as a window; None where what it picks depends on the image's size."""
-    if not isinstance(item, slice):
-        return None
-    start, stop, step = item.start or 0, item.stop or 0, item.step or 1
-    if start < 0 or stop > 0 or step < 1 or item.stop == 0:
-        return None
-    return Sliding(stride=step, before=-start, after=stop)
+def _token(tensor: torch.Tensor, sizes: Sequence[Any]) -> Answer:
+    """A tensor that does not depend on the image, expanded to a size that does: a class token for each image."""
+    extents = {index: size for index, size in enumerate(sizes) if isinstance(size, (Extent, SymbolicExtent))}
+    if not extents or any(isinstance(size, (Unknown, Symbol)) for i, size in enumerate(sizes) if i not in extents):
+        return NotLocal("expands a tensor to a size that is not the extent of a streamed axis")
+    source = next(iter(extents.values())).value
+    if {size.tag for size in extents.values()} != set(source.tags()) or len(extents) != len(source.tags()):
+        return NotLocal("expands a tensor to the extents of some of the streamed axes only")
+    whole = (
+        tensor.shape[len(tensor.shape) - len(sizes) :]
+        if len(tensor.shape) >= len(sizes)
+        else (1,) * (len(sizes) - tensor.dim()) + tuple(tensor.shape)
+    )
+    if any(whole[index] != 1 for index in extents):
+        return NotLocal("expands a tensor that has an extent of its own along a streamed axis")
+    dims = tuple(
+        source.dims[source.position(extents[index].tag)]
+        if index in extents
+        else Dim(None, whole[index] if size == -1 else size)
+        for index, size in enumerate(sizes)
+    )
+    positions = {index: source.position(extents[index].tag) for index in extents}
 
+    def run(block: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(
+            [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
+        )
 
-def _register_dropout(module_type: type[nn.Module], function: Any) -> None:
-    @register(function)
-    def function_rule(input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Local | NotLocal:
-        if training and p > 0:
-            return NotLocal("draws random numbers in training mode", "call .eval() on it")
-        return Local((input,), input.dims, lambda block: block, aliases=input)
-
-    @register(module_type)
-    def module_rule(m: Any, input: Value) -> Local | NotLocal:
-        return function_rule(input, m.p, m.training)
-
-
-for _module, _function in (
-    (nn.Dropout, torch.nn.functional.dropout),
-    (nn.Dropout1d, torch.nn.functional.dropout1d),
-    (nn.Dropout2d, torch.nn.functional.dropout2d),
-    (nn.Dropout3d, torch.nn.functional.dropout3d),
-    (nn.AlphaDropout, torch.nn.functional.alpha_dropout),
-    (nn.FeatureAlphaDropout, torch.nn.functional.feature_alpha_dropout),
-):
-    _register_dropout(_module, _function)
+    return Local((source,), dims, run)

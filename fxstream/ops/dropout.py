@@ -1,0 +1,34 @@
+"""Operations that drop activations at random in training mode, and do nothing in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..axes import Value
+from .registry import Answer, Local, NotLocal, register
+
+
+def _register_dropout(module_type: type[nn.Module], function: Any) -> None:
+    @register(function)
+    def function_rule(input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Answer:
+        if training and p > 0:
+            return NotLocal("draws random numbers in training mode", "call .eval() on it")
+        return Local((input,), input.dims, lambda block: block, aliases=input)
+
+    @register(module_type)
+    def module_rule(m: Any, input: Value) -> Answer:
+        return function_rule(input, m.p, m.training)
+
+
+for _module, _function in (
+    (nn.Dropout, torch.nn.functional.dropout),
+    (nn.Dropout1d, torch.nn.functional.dropout1d),
+    (nn.Dropout2d, torch.nn.functional.dropout2d),
+    (nn.Dropout3d, torch.nn.functional.dropout3d),
+    (nn.AlphaDropout, torch.nn.functional.alpha_dropout),
+    (nn.FeatureAlphaDropout, torch.nn.functional.feature_alpha_dropout),
+):
+    _register_dropout(_module, _function)
