@@ -21,7 +21,7 @@ from .window import Span
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {
     getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 } | {operator.setitem}
 
 
