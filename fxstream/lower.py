@@ -81,7 +81,7 @@ def answer(
     """
     rule = rule_for(type(module) if module is not None else node.target)
     if rule is None:
-        return NotLocal(f"there is no streaming rule for {operation(node, module)}")
+        return NotLocal(f"has no streaming rule ({operation(node, module)})")
     args: tuple[Any, ...]
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
     if module is not None:
