@@ -57,7 +57,7 @@ class Finding:
 
     node: fx.Node
     status: Status
-    """image: the streamed input; constant: does not depend on it; size: depends on nothing but its size; local: streams;
+    """image: the streamed input; constant: does not depend on it; size: depends on its size alone; local: streams;
     stop: depends on the image but is not local; head: comes after a stop."""
     operation: str
     answer: Answer | None = None
@@ -280,13 +280,17 @@ class _Walk:
         return self.owners[value.index]
 
     def _windows(self, node: fx.Node, found: Answer) -> dict[fx.Node, dict[str, Window]]:
-        """What a local node reads of each value, per streamed axis."""
-        if isinstance(found, Fact):
-            return {
-                source: dict.fromkeys(self.axes, IDENTITY) for source in map(self.memory.latest, node.all_input_nodes)
-            }
-        reads = ((local, value) for local in locals_of(found) for value in local.values)
-        return {self._node_of(value): {axis: local.window(value, axis) for axis in self.axes} for local, value in reads}
+        """What a local node reads of each node whose values it takes, per streamed axis."""
+        reads = [(local, value) for local in locals_of(found) for value in local.values]
+        windows: dict[fx.Node, dict[str, Window]] = {}
+        for source in map(self.memory.latest, node.all_input_nodes):
+            held = {leaf.index for leaf in leaves(self.values.get(source)) if isinstance(leaf, Value)}
+            if held and isinstance(found, Fact):
+                windows[source] = dict.fromkeys(self.axes, IDENTITY)
+            for local, value in reads:
+                if value.index in held:
+                    windows[source] = {axis: local.window(value, axis) for axis in self.axes}
+        return windows
 
     def _spoil(self, node: fx.Node, sources: list[fx.Node]) -> None:
         shared = self.memory.spoil(node, sources, lambda source: self.found[source].status == "local")
@@ -368,7 +372,7 @@ def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
 
 def _receptive_field(graph: nx.DiGraph[str], name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
     status = graph.nodes[name]["status"]
-    if status not in ("local", "size"):
+    if status != "local":
         return dict.fromkeys(axes, ReceptiveField()) if status == "image" else None
     fields: dict[str, ReceptiveField] = {}
     for source in graph.predecessors(name):
@@ -382,4 +386,4 @@ def _receptive_field(graph: nx.DiGraph[str], name: str, axes: tuple[str, ...]) -
             if joined is None:
                 return None
             fields[axis] = joined
-    return fields
+    return fields or None  # a value made of nothing but sizes sees no pixel

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from .axes import Dim, Value
-from .errors import ImageTooSmallError
+from .errors import NotLocalError
 from .lower import Lowered, Step, label, lower, program
 from .schedule import Grid, SizeError, schedule
 
@@ -88,15 +88,16 @@ class Call:
         )
 
     def grid(self, steps: Sequence[Step]) -> Grid:
-        """The schedule of all streamed axes. Raises ImageTooSmallError."""
+        """The schedule of all streamed axes. Raises NotLocalError where an operation broadcasts along one of them."""
         sizes = dict(zip(self.settings.names, self.shape, strict=True))
         planned = []
         for axis, tile in self.settings.tiles.items():
             try:
                 planned.append(schedule(program(steps, axis), sizes[axis], tile))
             except SizeError as error:
+                # That a window does not fit has come up in lowering.
                 where = label(steps[error.value - 1].node)
-                raise ImageTooSmallError(f"{where}, along {axis} of an image of {sizes[axis]}: {error}") from None
+                raise NotLocalError(f"{where}, along {axis} of an image of {sizes[axis]}: {error}") from None
         return Grid(tuple(planned))
 
 

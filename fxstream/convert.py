@@ -50,6 +50,7 @@ def convert(
         `streamed`, and the head; `streamed.graph` holds the streamed operations.
 
     Raises:
+        TypeError: `model` is not a torch.nn.Module.
         TraceError: torch.fx cannot trace the model.
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive.
         NothingToStreamError: the first operations are not local.
@@ -60,6 +61,8 @@ def convert(
     Warns:
         StreamingWarning: convolutions or poolings stay behind the streamed part.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, Converted):
         raise StreamingError("the model is converted already. Way out: convert the original with the new tile_shape")
     traced = trace(model)

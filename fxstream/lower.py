@@ -21,7 +21,7 @@ from .window import Span
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {
     getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 } | {operator.setitem}
 
 
@@ -81,15 +81,15 @@ def answer(
     """
     args: tuple[Any, ...]
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
-    if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+    if node.target is operator.getitem and isinstance(args[0], (tuple, list)) and isinstance(args[1], (int, slice)):
         return Fact(args[0][args[1]])
     rule = rule_for(type(module) if module is not None else node.target)
     found = leaves((args, kwargs))
-    if not any(isinstance(leaf, Value) for leaf in found):
-        if not (rule is not None and rule.takes_sizes and any(isinstance(leaf, torch.Tensor) for leaf in found)):
-            return _of_sizes(node, args, kwargs, found)
+    expands = rule is not None and rule.takes_sizes and any(isinstance(leaf, torch.Tensor) for leaf in found)
+    if not expands and not any(isinstance(leaf, Value) for leaf in found):
+        return _of_sizes(node, args, kwargs, found)
     if rule is None:
-        return NotLocal(f"there is no streaming rule for {operation(node, module)}")
+        return NotLocal(f"has no streaming rule ({operation(node, module)})")
     if module is not None:
         frozen = {"training": False} if freeze and isinstance(module, _BatchNorm) else {}
         args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
@@ -130,13 +130,9 @@ def leaves(nested: Any) -> list[Any]:
 
 def locals_of(found: Answer) -> tuple[Local, ...]:
     """The operations in an answer."""
-    return (
-        (found,)
-        if isinstance(found, Local)
-        else found
-        if isinstance(found, tuple) and not isinstance(found, Fact)
-        else ()
-    )  # type: ignore[return-value]
+    if isinstance(found, Local):
+        return (found,)
+    return found if isinstance(found, tuple) else ()
 
 
 def define(found: Answer, index: int) -> Any:

@@ -79,7 +79,10 @@ class Memory:
         """Why `node`, which overwrites `target`, cannot become an out-of-place operation; None if it can."""
         if self._image in self._homes[target]:
             return NotLocal("overwrites the image in place", _WAY_OUT)
+        read = set(map(self.latest, node.all_input_nodes))
         for other in self._sharing(target):
+            if other in read:
+                return NotLocal(f"overwrites memory that {label(other)}, which it reads as well, may share", _WAY_OUT)
             if self._read_after(node, other):
                 return NotLocal(f"overwrites memory that {label(other)}, which is read later, may share", _WAY_OUT)
         for other in (target, *self._sharing(target)):

@@ -244,3 +244,23 @@ def test_the_graphs_print_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "streamed" in text
     assert "layer4.1.conv2" in text
+
+
+def test_what_is_not_a_model() -> None:
+    with pytest.raises(TypeError, match=r"torch.nn.Module, not str"):
+        fxstream.convert("resnet18", 8)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(fxstream.StreamingError, match="converted already"):
+        fxstream.convert(fxstream.convert(small(), 8), 16)
+
+
+def test_an_operation_without_a_rule_is_named() -> None:
+    class Flipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x).flip(-1)
+
+    (stop,) = fxstream.analyze(Flipped()).stops
+    assert stop.reason == "flip has no streaming rule (.flip())."

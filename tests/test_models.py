@@ -38,7 +38,7 @@ FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
 
 
 def build(name: str, **options: Any) -> nn.Module:
-    """A torchvision model in eval mode with a small classifier; batch norms that do something, activations of order 1."""
+    """A torchvision model in eval mode with a small classifier and batch norms that matter; activations of order 1."""
     model = torchvision.models.get_model(name, num_classes=5, **options).eval()
     if isinstance(getattr(model, "classifier", None), nn.Sequential) and name.startswith(("vgg", "alexnet")):
         model.classifier = nn.Linear(next(m for m in model.classifier if isinstance(m, nn.Linear)).in_features, 5)

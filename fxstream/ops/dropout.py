@@ -11,12 +11,16 @@ from ..axes import Value
 from .registry import Answer, Local, NotLocal, register
 
 
+def _drops(input: Value, p: float, training: bool) -> Answer:
+    if training and p > 0:
+        return NotLocal("draws random numbers in training mode", "call .eval() on it")
+    return Local((input,), input.dims, lambda block: block, aliases=input)
+
+
 def _register_dropout(module_type: type[nn.Module], function: Any) -> None:
     @register(function)
     def function_rule(input: Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> Answer:
-        if training and p > 0:
-            return NotLocal("draws random numbers in training mode", "call .eval() on it")
-        return Local((input,), input.dims, lambda block: block, aliases=input)
+        return _drops(input, p, training)
 
     @register(module_type)
     def module_rule(m: Any, input: Value) -> Answer:
@@ -32,3 +36,20 @@ for _module, _function in (
     (nn.FeatureAlphaDropout, torch.nn.functional.feature_alpha_dropout),
 ):
     _register_dropout(_module, _function)
+
+
+def stochastic_depth(input: Value, p: float, mode: str, training: bool = True) -> Answer:
+    return _drops(input, p, training)
+
+
+def stochastic_depth_module(m: Any, input: Value) -> Answer:
+    return _drops(input, m.p, m.training)
+
+
+try:
+    import torchvision  # type: ignore[import-untyped]  # it has no types
+except ImportError:  # an extra; without it no model has these
+    pass
+else:
+    register(torchvision.ops.stochastic_depth)(stochastic_depth)
+    register(torchvision.ops.StochasticDepth)(stochastic_depth_module)

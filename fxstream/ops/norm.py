@@ -68,9 +68,15 @@ def batch_norm_function(
 @register(nn.InstanceNorm1d)
 @register(nn.InstanceNorm2d, spatial=2)
 @register(nn.InstanceNorm3d, spatial=3)
-@register(nn.GroupNorm)
-def whole_image_norm(m: Any, input: Value) -> NotLocal:
-    return NotLocal(
-        f"needs the mean and variance over the streamed axes {', '.join(input.tags())}",
-        "use a batch norm with running statistics (freeze_batchnorm=True)",
-    )
+def instance_norm_module(m: Any, input: Value) -> Local | NotLocal:
+    if m.track_running_stats and not m.training:
+        return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, False, m.eps, "")
+    if m.track_running_stats:
+        return NotLocal("updates its running statistics", _FREEZE)
+    if tags := input.tags(range(1, input.rank)):
+        return NotLocal(
+            f"needs the mean and variance over the streamed axes {', '.join(tags)}",
+            "use a batch norm with running statistics (freeze_batchnorm=True)",
+        )
+    weight, bias, eps = m.weight, m.bias, m.eps
+    return Local((input,), input.dims, lambda block: F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))

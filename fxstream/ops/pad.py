@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Value
+from ..axes import Symbol, Value
 from ..window import Border, Sliding, Span, Window
 from .border import fit
 from .registry import Local, NotLocal, register
@@ -21,10 +21,14 @@ _BORDERS: dict[str, Border] = {"constant": "zeros", "reflect": "reflect", "repli
 def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Local | NotLocal:
     if mode not in _BORDERS:
         return NotLocal(f"pads in mode '{mode}', which reads rows from the opposite border")
-    if not all(isinstance(amount, int) for amount in pad):
+    if not all(isinstance(amount, (int, Symbol)) for amount in pad):
         return NotLocal("pads by amounts that are not known before the call")
     border, fill = _BORDERS[mode], 0.0 if value is None else value
     count = len(pad) // 2
+    if any(isinstance(amount, Symbol) for amount in pad):
+        # They follow from sizes; so does the window, at the call.
+        resized = {dim: Symbol() for dim in range(input.rank - count, input.rank)}
+        return Local((input,), input.resized(resized), lambda block: block)
     # torch lists the last dimension first.
     amounts = [(pad[2 * i], pad[2 * i + 1]) for i in reversed(range(count))]
     windows: dict[int, Window] = {

@@ -69,7 +69,8 @@ class Local:
         return self.windows.get(value.position(axis), IDENTITY)
 
 
-class Fact(NamedTuple):
+@dataclass(frozen=True)
+class Fact:
     """Something about values that is known without running anything."""
 
     value: Any

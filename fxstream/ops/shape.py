@@ -62,11 +62,14 @@ def transpose(input: Value, dim0: int, dim1: int) -> Answer:
 
 @register(torch.movedim, torch.moveaxis, "movedim", "moveaxis")
 def movedim(input: Value, source: Any, destination: Any) -> Answer:
-    # The dimensions are integers: torch itself knows best where they go.
-    moved = torch.movedim(
-        torch.empty((0,) * input.rank).as_strided((1,) * input.rank, range(input.rank)), source, destination
+    sources, destinations = (
+        [input.dim(dim) for dim in (dims if isinstance(dims, (tuple, list)) else (dims,))]
+        for dims in (source, destination)
     )
-    return _permuted(input, moved.stride())
+    order = [dim for dim in range(input.rank) if dim not in sources]
+    for where, dim in sorted(zip(destinations, sources, strict=True)):
+        order.insert(where, dim)
+    return _permuted(input, order)
 
 
 # Dimensions split and merged.

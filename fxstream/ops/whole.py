@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -33,22 +32,3 @@ def _register_adaptive(axes: int, kind: str) -> None:
 for _axes in (1, 2, 3):
     for _kind in ("avg", "max"):
         _register_adaptive(_axes, _kind)
-
-
-def _reduction(name: str, function: Any) -> None:
-    @register(function, name)
-    def rule(input: Value, dim: Any = None, keepdim: bool = False, **options: Any) -> Local | NotLocal:
-        dims = range(input.rank) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
-        reduced = {input.dim(index) for index in dims}
-        if tags := input.tags(reduced):
-            return NotLocal(f"takes the {name} along the streamed axis {' and '.join(tags)}")
-        kept = [(i, d) for i, d in enumerate(input.resized(dict.fromkeys(reduced, 1))) if keepdim or i not in reduced]
-        return Local(
-            (input,),
-            tuple(d for _, d in kept),
-            lambda block: function(block, tuple(reduced), keepdim=keepdim, **options),
-        )
-
-
-for _name, _function in (("mean", torch.mean), ("sum", torch.sum), ("amax", torch.amax), ("amin", torch.amin)):
-    _reduction(_name, _function)

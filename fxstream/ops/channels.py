@@ -1,0 +1,166 @@
+"""Operations that combine all positions of some dimensions: local along every other one.
+
+Linear layers, normalisation and softmax over channels, reductions. They stream wherever the dimensions that they
+combine are not streamed: a LayerNorm over the channels of an image, a mean over the positions of each image of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..axes import Dim, Symbol, Value
+from .registry import Answer, Local, NotLocal, Unknown, register
+
+
+def _spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
+    """Why an operation that combines the positions of `dims` is not local; None if it is."""
+    if tags := x.tags(dims):
+        return NotLocal(f"{what} along the streamed {' and '.join(tags)}")
+    return None
+
+
+def _unknown(*operands: Any) -> NotLocal | None:
+    if any(isinstance(operand, (Value, Unknown)) for operand in operands):
+        return NotLocal("has parameters that are not known before the call")
+    return None
+
+
+@register(F.linear)
+def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
+    if problem := _unknown(weight, bias) or _spanning(input, [-1], "mixes all positions"):
+        return problem
+    dims = input.resized({input.rank - 1: weight.shape[0]})
+    return Local((input,), dims, lambda block: F.linear(block, weight, bias))
+
+
+@register(nn.Linear)
+def linear_module(m: Any, input: Value) -> Answer:
+    return linear(input, m.weight, m.bias)
+
+
+@register(F.layer_norm)
+def layer_norm(
+    input: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Answer:
+    shape = tuple(normalized_shape)
+    if any(not isinstance(size, int) for size in shape):
+        return NotLocal("normalises over sizes that are not known before the call")
+    problem = _unknown(weight, bias) or _spanning(input, range(-len(shape), 0), "takes the mean and variance")
+    if problem:
+        return problem
+    return Local((input,), input.dims, lambda block: F.layer_norm(block, shape, weight, bias, eps))
+
+
+@register(nn.LayerNorm)
+def layer_norm_module(m: Any, input: Value) -> Answer:
+    return layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
+
+
+@register(F.group_norm)
+def group_norm(input: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Answer:
+    problem = _unknown(weight, bias) or _spanning(input, range(1, input.rank), "takes the mean and variance of groups")
+    if problem:
+        return problem
+    return Local((input,), input.dims, lambda block: F.group_norm(block, num_groups, weight, bias, eps))
+
+
+@register(nn.GroupNorm)
+def group_norm_module(m: Any, input: Value) -> Answer:
+    return group_norm(input, m.num_groups, m.weight, m.bias, m.eps)
+
+
+@register(F.local_response_norm)
+def local_response_norm(input: Value, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Answer:
+    if problem := _spanning(input, [1], "combines neighbouring positions"):
+        return problem
+    return Local((input,), input.dims, lambda block: F.local_response_norm(block, size, alpha, beta, k))
+
+
+@register(nn.LocalResponseNorm)
+def local_response_norm_module(m: Any, input: Value) -> Answer:
+    return local_response_norm(input, m.size, m.alpha, m.beta, m.k)
+
+
+def _register_over_one_dimension(what: str, function: Callable[..., torch.Tensor], *targets: Any) -> None:
+    """Functions that keep the shape and combine the positions of their `dim`."""
+
+    @register(*targets)
+    def rule(input: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Answer:
+        kwargs.pop("_stacklevel", None)
+        if dim is None:
+            return NotLocal(f"takes {what} along a dimension that it does not name")
+        if problem := _spanning(input, [dim], f"takes {what}"):
+            return problem
+        return Local((input,), input.dims, lambda block: function(block, dim, *args, **kwargs))
+
+
+_register_over_one_dimension("the softmax", torch.softmax, torch.softmax, F.softmax, "softmax")
+_register_over_one_dimension("the softmax", torch.log_softmax, torch.log_softmax, F.log_softmax, "log_softmax")
+_register_over_one_dimension("the cumulative sum", torch.cumsum, torch.cumsum, "cumsum")
+
+
+@register(nn.Softmax, nn.LogSoftmax)
+def softmax_module(m: Any, input: Value) -> Answer:
+    if m.dim is None:
+        return NotLocal("takes the softmax along a dimension that it does not name")
+    if problem := _spanning(input, [m.dim], "takes the softmax"):
+        return problem
+    dim, log = m.dim, isinstance(m, nn.LogSoftmax)
+    return Local((input,), input.dims, lambda block: (torch.log_softmax if log else torch.softmax)(block, dim))
+
+
+@register(nn.Softmax2d)
+def softmax_of_channels(m: Any, input: Value) -> Answer:
+    if problem := _spanning(input, [-3], "takes the softmax"):
+        return problem
+    return Local((input,), input.dims, lambda block: torch.softmax(block, -3))
+
+
+@register(F.normalize)
+def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Answer:
+    if out is not None:
+        return NotLocal("writes into a tensor given as `out`", "use its result instead")
+    if problem := _spanning(input, dim if isinstance(dim, tuple) else [dim], "takes the norm"):
+        return problem
+    return Local((input,), input.dims, lambda block: F.normalize(block, p, dim, eps))
+
+
+@register(F.glu)
+def glu(input: Value, dim: int = -1) -> Answer:
+    if problem := _spanning(input, [dim], "gates one half with the other"):
+        return problem
+    size = input.dims[input.dim(dim)].known
+    dims = input.resized({input.dim(dim): Symbol() if size is None else size // 2})
+    return Local((input,), dims, lambda block: F.glu(block, dim))
+
+
+@register(nn.GLU)
+def glu_module(m: Any, input: Value) -> Answer:
+    return glu(input, m.dim)
+
+
+def _register_reduction(name: str) -> None:
+    function = getattr(torch, name)
+
+    @register(function, name)
+    def rule(input: Value, dim: Any = None, keepdim: bool = False, **options: Any) -> Answer:
+        # None and () mean all dimensions.
+        given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
+        reduced = sorted({input.dim(index) for index in given or range(input.rank)})
+        if problem := _spanning(input, reduced, f"takes the {name}"):
+            return problem
+        dims = [
+            Dim(None, 1) if index in reduced else old
+            for index, old in enumerate(input.dims)
+            if keepdim or index not in reduced
+        ]
+        return Local((input,), tuple(dims), lambda block: function(block, tuple(reduced), keepdim=keepdim, **options))
+
+
+for _name in ("mean", "sum", "amax", "amin", "std", "var", "logsumexp"):
+    _register_reduction(_name)

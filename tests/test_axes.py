@@ -1,0 +1,252 @@
+"""Axis tracking: what is local along which axis, through permutations, reshapes, splits and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from reference import assert_exact, compare, handed_over, randomise
+from torch import nn
+
+import fxstream
+from fxstream.axes import Dim, Extent, Symbol, Value, reshaped
+
+BATCH = (2, None, None, None)
+
+
+# Reshapes, as integers.
+
+
+def value(**sizes: int) -> Value:
+    """Dimensions by name; those in capitals are streamed, except C."""
+    return Value(tuple(Dim(name if name in "NHW" else None, size) for name, size in sizes.items()))
+
+
+def tags(dims: list[Dim] | None) -> list[tuple[str | None, Any]] | None:
+    return None if dims is None else [(dim.tag, dim.size) for dim in dims]
+
+
+def test_channels_split_and_merged_between_streamed_axes() -> None:
+    x = value(N=2, C=12, H=5, W=7)
+    n, h, w = x.size(0), x.size(2), x.size(3)
+    split = [("N", 2), (None, 3), (None, 4), ("H", 5), ("W", 7)]
+    assert tags(reshaped(x.dims, [n, 3, 4, h, w])) == split
+    assert tags(reshaped(x.dims, [n, 3, -1, h, w])) == split
+    assert tags(reshaped(x.dims, [-1, 3, 4, h, w])) == split
+    assert tags(reshaped(x.dims, [n, 3, 4, -1, w])) == split
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        lambda n, h, w: [n, 12, 35],  # merges H and W
+        lambda n, h, w: [n, 12, int(h), w],  # the number of rows is not known to be the rows
+        lambda n, h, w: [n, 12, w, h],  # swaps them
+        lambda n, h, w: [n, h, 12, w],  # moves one
+        lambda n, h, w: [n, 11, h, w],  # does not fit
+        lambda n, h, w: [n, h, w],
+        lambda n, h, w: [-1, 12, 5, 7],
+    ],
+)
+def test_reshapes_that_touch_a_streamed_axis(sizes: Callable[..., list[int]]) -> None:
+    x = value(N=2, C=12, H=5, W=7)
+    assert reshaped(x.dims, sizes(x.size(0), x.size(2), x.size(3))) is None
+
+
+def test_the_extent_of_another_value_is_not_this_values() -> None:
+    x, smaller = value(C=4, H=8), value(C=4, H=4)
+    assert reshaped(x.dims, [2, 2, smaller.size(1)]) is None
+    assert tags(reshaped(x.dims, [2, 2, x.size(1)])) == [(None, 2), (None, 2), ("H", 8)]
+    assert isinstance(x.size(1), Extent)
+
+
+def test_symbolic_sizes_are_those_of_their_own_dimension() -> None:
+    x = Value((Dim(None, Symbol()), Dim(None, 8), Dim("H", Symbol())))
+    other = Value((Dim("H", Symbol()),))
+    assert reshaped(x.dims, [x.size(0), 2, 4, x.size(2)]) is not None
+    assert reshaped(x.dims, [x.size(0), 2, 4, other.size(0)]) is None
+
+
+# Networks that stream whole.
+
+
+class Net(nn.Module):
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any]):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.out = nn.Conv2d(8, 4, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 8)
+        self.gamma = nn.Parameter(torch.rand(8))
+        self.token = nn.Parameter(torch.rand(1, 1, 8))
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.out(self.body(self, self.conv(x)))
+
+
+def _channels_last(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.linear(F.gelu(m.norm(x.permute(0, 2, 3, 1)))) * m.gamma
+    return x + y.permute(0, 3, 1, 2)
+
+
+def _moved(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.movedim(x, 1, -1).softmax(-1)
+    return torch.movedim(y, (3, 1), (1, 2)).transpose(2, 3).swapaxes(-1, -2)
+
+
+def _shuffled(m: Any, x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.size()
+    y = x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous()
+    return y.view(b, -1, h, w)
+
+
+def _halves(m: Any, x: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=1)
+    c, d, e = torch.split(x, [1, 3, 4], 1)
+    return torch.cat([a * b.sigmoid(), torch.cat([d, c], 1)], 1) + F.pad(e, (0, 0, 0, 0, 0, 4))
+
+
+def _stacked(m: Any, x: torch.Tensor) -> torch.Tensor:
+    parts = x.unbind(1)
+    y = torch.stack([parts[0], parts[-1]], -1).mean(-1, keepdim=True)
+    return x * y.permute(0, 3, 1, 2) + x.unflatten(1, (4, 2)).flatten(1, 2)
+
+
+def _squeezed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.mean(1, keepdim=True).squeeze(1).unsqueeze(-1)
+    return x + y.expand(-1, -1, -1, 8).permute(0, 3, 1, 2) + F.glu(torch.cat([x, x], 1), 1)
+
+
+def _sizes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h, w = x.shape[-2:]
+    return F.pad(x, (0, (-w) % 4, 0, (-h) % 4)) / (h * w) + x.dim()
+
+
+def _normed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x, dim=1) + F.local_response_norm(x, 3) - x.var(1, keepdim=True) + x.logsumexp(1, True)
+
+
+STREAMED = [_channels_last, _moved, _shuffled, _halves, _stacked, _squeezed, _sizes, _normed]
+
+
+@pytest.mark.parametrize("tile", [3, (None, 4), (1, None, 8, None), BATCH], ids=str)
+@pytest.mark.parametrize("body", STREAMED)
+def test_tags_are_followed(body: Callable[[Any, torch.Tensor], Any], tile: Any) -> None:
+    assert_exact(randomise(Net(body)), (3, 3, 19, 23), tile, whole=True)
+
+
+# What spans a streamed axis ends the prefix, and only along that axis.
+
+
+def _rows_last(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return x.softmax(2) * x
+
+
+def _merged(m: Any, x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.flatten(2).softmax(1).reshape(b, c, h, w)
+
+
+def _excited(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * m.linear(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+def _grouped(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, 2)
+
+
+def _tokens(m: Any, x: torch.Tensor) -> torch.Tensor:
+    b = x.shape[0]
+    y = torch.cat([m.token.expand(b, -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    return x * m.norm(y)[:, 0][:, :, None, None]
+
+
+SPANNING = [_rows_last, _merged, _excited, _grouped, _tokens]
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("body", SPANNING)
+def test_what_spans_the_image_streams_along_the_batch_alone(body: Callable[[Any, torch.Tensor], Any]) -> None:
+    model = randomise(Net(body))
+    converted = assert_exact(model, (5, 3, 19, 23), BATCH, whole=True)
+    assert converted.tile_shape == BATCH
+    model = model.double()
+    ended = fxstream.convert(model, 6)
+    assert "out" not in handed_over(ended)
+    compare(model, ended, torch.randn(2, 3, 19, 23))
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_an_axis_that_is_not_streamed_may_be_spanned() -> None:
+    assert_exact(randomise(Net(_rows_last)), (2, 3, 19, 23), (None, 4), whole=True)
+    converted = fxstream.convert(Net(_rows_last), (4, None))
+    assert handed_over(converted) == ["conv"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.new_zeros(x.shape[0], 8, 1, 1),
+        lambda x: torch.arange(x.shape[-1]),
+        lambda x: torch.linspace(0, 1, x.size(3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_tensor_made_from_a_size_is_left_to_the_head(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = Net(lambda m, x: x + make(x)).double()
+    converted = fxstream.convert(model, 4)
+    assert handed_over(converted)[0] == "conv"
+    compare(model, converted, torch.randn(2, 3, 19, 23))
+
+
+def test_a_size_that_the_head_reads_does_not_drag_the_value_along() -> None:
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, stride=2)
+            self.last = nn.Conv2d(4, 4, 3, stride=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return F.adaptive_avg_pool2d(self.last(y), (y.shape[-2] // 4, x.shape[-1] // 8))
+
+    converted = assert_exact(Resized(), (1, 3, 37, 41), 8, last=["last", "floordiv"])
+    shapes = [v.shape for v in converted.streamed(torch.zeros(1, 3, 37, 41).double()) if isinstance(v, torch.Tensor)]
+    assert shapes == [(1, 4, 4, 5)]
+
+
+# torchvision.
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tile", "last"),
+    [
+        ("convnext_tiny", (1, 3, 97, 65), 64, "iadd_17"),
+        ("shufflenet_v2_x0_5", (2, 3, 67, 97), 32, "conv5_2"),
+        ("mobilenet_v3_small", (1, 3, 67, 65), 32, "features_1_block_0_2"),
+        ("efficientnet_b0", (1, 3, 65, 33), 32, "features_1_0_block_0_2"),
+        (
+            "regnet_y_400mf",
+            (1, 3, 67, 33),
+            32,
+            ["trunk_output_block1_block1_0_proj_1", "trunk_output_block1_block1_0_f_b_2"],
+        ),
+        ("efficientnet_b0", (3, 3, 33, 33), BATCH, "classifier_1"),
+        ("shufflenet_v2_x0_5", (3, 3, 33, 33), BATCH, "fc"),
+        ("convnext_tiny", (3, 3, 33, 33), BATCH, "classifier_2"),
+        ("regnet_y_400mf", (3, 3, 33, 33), BATCH, "fc"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_model(name: str, shape: tuple[int, ...], tile: Any, last: Any) -> None:
+    assert_exact(torchvision.models.get_model(name, num_classes=3).eval(), shape, tile, last=last)
+
+
+def test_a_resnet_with_group_norm_streams_along_the_batch() -> None:
+    model = torchvision.models.resnet18(num_classes=3, norm_layer=lambda channels: nn.GroupNorm(8, channels))
+    assert_exact(model, (5, 3, 33, 35), BATCH, last="fc")
