@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import networkx as nx
@@ -26,13 +27,14 @@ Status = Literal["image", "constant", "size", "local", "stop", "head"]
 class ReceptiveField:
     """What one position of a value sees of the image along one axis, in pixels.
 
-    Position `a` sees pixels `[a * stride - padding, a * stride - padding + size)`. Recurrences: Araujo, Norris and Sim,
-    "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019.
+    Position `a` sees pixels `[a * stride - padding, a * stride - padding + size)`; behind up-sampling these are
+    fractions, bounds for every phase. Recurrences: Araujo, Norris and Sim, "Computing Receptive Fields of
+    Convolutional Neural Networks", Distill 2019.
     """
 
-    size: int = 1
-    stride: int = 1
-    padding: int = 0
+    size: int | Fraction = 1
+    stride: int | Fraction = 1
+    padding: int | Fraction = 0
 
     def through(self, window: Window) -> ReceptiveField:
         """The receptive field of a value that reads this one through `window`."""

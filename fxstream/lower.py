@@ -223,7 +223,7 @@ def _spans(local: Local, axes: tuple[str, ...]) -> Iterator[int | Span]:
             yield axes.index(here.tag)
         else:
             assert isinstance(here.size, int), "sizes are known at a call"
-            yield window.span(0, window.size(here.size), here.size).of_whole()
+            yield window.whole(here.size)
 
 
 def program(steps: Iterable[Step], axis: str) -> Program:

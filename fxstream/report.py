@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from tabulate import tabulate
 
 from .analysis import Analysis, Finding
@@ -29,5 +31,5 @@ def _row(analysis: Analysis, finding: Finding) -> list[str]:
     return [finding.node.name, finding.operation, finding.status, *seen]
 
 
-def _by_axis(numbers: list[int]) -> str:
+def _by_axis(numbers: list[int | Fraction]) -> str:
     return str(numbers[0]) if len(set(numbers)) == 1 else " x ".join(map(str, numbers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 Border = Literal["zeros", "reflect", "replicate"]
@@ -30,11 +31,6 @@ class Span(NamedTuple):
     length: int
     """Rows of the whole input."""
 
-    def of_whole(self) -> Span:
-        """The same for an operation that gets all rows of the input."""
-        before, after = self.trim
-        return self._replace(lo=0, hi=self.length, trim=(before + self.lo, after + self.length - self.hi))
-
 
 class Window(ABC):
     """The rows that an operation reads along one axis; immutable and hashable.
@@ -43,9 +39,9 @@ class Window(ABC):
     `[a * stride - before, a * stride - before + extent)`, some of which may lie outside the image.
     """
 
-    stride: int
-    extent: int
-    before: int
+    stride: int | Fraction
+    extent: int | Fraction
+    before: int | Fraction
 
     @abstractmethod
     def size(self, length: int) -> int:
@@ -58,6 +54,10 @@ class Window(ABC):
         `lo` is the smallest row that any output `>= start` reads and `hi` one past the largest that any
         output `< stop` reads: the monotone hull, so that `lo` and `hi` never decrease along the axis.
         """
+
+    @abstractmethod
+    def whole(self, length: int) -> Span:
+        """The span of all output rows, for an operation that gets all `length` input rows, read or not."""
 
     def ready(self, available: int, length: int) -> int:
         """How many output rows can be computed from the first `available` of `length` input rows."""
@@ -120,6 +120,69 @@ class Sliding(Window):
                 lo = min(lo, length - 1 - overhang)
         pad = (max(0, lo - first), max(0, last - hi))
         trim = (max(0, first - lo), max(0, hi - last))
+        return Span(start, stop, lo, hi, pad, trim, length)
+
+    def whole(self, length: int) -> Span:
+        span = self.span(0, self.size(length), length)
+        trim = (span.trim[0] + span.lo, span.trim[1] + length - span.hi)
+        return span._replace(lo=0, hi=length, trim=trim)
+
+
+@dataclass(frozen=True)
+class Transposed(Window):
+    """The window of a transposed convolution, of pixel shuffling or of nearest up-sampling by an integer.
+
+    Input row `i` contributes to output rows `i * step - padding + dilation * k` for `k` in `range(kernel)`, which is
+    torch.nn.ConvTranspose2d with stride `step`. Which rows an output row reads depends on its phase: `before` and
+    `extent` are bounds for all of them.
+    """
+
+    kernel: int
+    step: int
+    dilation: int = 1
+    padding: int = 0
+    output_padding: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Output rows that one input row contributes to, from the first to the last."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def stride(self) -> Fraction:  # type: ignore[override]  # derived here, a plain attribute elsewhere
+        return Fraction(1, self.step)
+
+    @property
+    def extent(self) -> Fraction:  # type: ignore[override]
+        return Fraction(self.reach - 1, self.step) + 1
+
+    @property
+    def before(self) -> Fraction:  # type: ignore[override]
+        # The first row that contributes to output row 0 is the least i with i * step - padding + reach > 0.
+        return Fraction(self.reach - 1 - self.padding, self.step)
+
+    def size(self, length: int) -> int:
+        size = (length - 1) * self.step - 2 * self.padding + self.reach + self.output_padding
+        if size < 1:
+            raise ValueError(f"{length} rows, of which {self.padding} are cut off on both sides, leave none")
+        return size
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        # Input row i reaches output rows [i * step - padding, i * step - padding + reach).
+        first = -(-(start + self.padding - self.reach + 1) // self.step)
+        # An output row in the gap between the reaches of two input rows gets the one before it: never an empty block.
+        first = min(first, (start + self.padding) // self.step)
+        last = (stop - 1 + self.padding) // self.step + 1
+        return self._span(start, stop, min(max(first, 0), length - 1), max(min(last, length), 1), length)
+
+    def whole(self, length: int) -> Span:
+        return self._span(0, self.size(length), 0, length, length)
+
+    def _span(self, start: int, stop: int, lo: int, hi: int, length: int) -> Span:
+        # Here `pad` and `trim` speak of output rows: those that no input row reaches, those that are not wanted.
+        reached = (lo * self.step - self.padding, (hi - 1) * self.step - self.padding + self.reach)
+        pad = (max(0, reached[0] - start), max(0, stop - reached[1]))
+        trim = (max(0, start - reached[0]), max(0, reached[1] - stop))
         return Span(start, stop, lo, hi, pad, trim, length)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions."""
+"""Convolutions, transposed ones among them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Value
+from ..axes import Dim, Value
 from ..errors import InputError
-from ..window import Border, Sliding
+from ..window import Border, Sliding, Span, Transposed
 from .border import fit
-from .registry import Local, NotLocal, Unknown, register
+from .registry import Answer, Local, NotLocal, Unknown, register
 
 _BORDERS: dict[str, Border] = {"zeros": "zeros", "reflect": "reflect", "replicate": "replicate"}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -69,7 +70,7 @@ def convolution(
         return function(fit(block, spans, _BORDERS[mode]), weight, bias, stride, 0, dilation, groups)
 
     dims = x.slid(windows)
-    return Local((x,), (dims[0], type(dims[1])(None, weight.shape[0]), *dims[2:]), run, windows)
+    return Local((x,), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
 
 
 def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -100,6 +101,64 @@ def _register_convolution(axes: int, module_type: type[nn.Module], *functions: A
         return convolution(axes, input, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
 
 
+def transposed(
+    axes: int,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> Answer:
+    if problem := image_problem(x, axes, "mixes channels"):
+        return problem
+    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
+        return NotLocal("has a kernel that is not known before the call", "give it a kernel made of parameters alone")
+    channels = x.dims[1].known
+    if channels is not None and channels != weight.shape[0]:
+        return NotLocal(f"has a kernel for {weight.shape[0]} channels and gets {channels}", error=InputError)
+    stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
+    sizes = zip(
+        weight.shape[2:], stride, dilation, per_axis(padding, axes), per_axis(output_padding, axes), strict=True
+    )
+    windows = {axis: Transposed(*size) for axis, size in enumerate(sizes, start=2)}
+    if any(window.output_padding >= max(window.step, window.dilation) for window in windows.values()):
+        return NotLocal("pads its output by a whole stride, which torch refuses")
+    function = _TRANSPOSED[axes]
+
+    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        # Rows that no input row reaches get nothing but the bias.
+        rows = fit(function(block, weight, None, stride, 0, 0, groups, dilation), spans)
+        return rows if bias is None else rows + bias.view(-1, *(1,) * axes)
+
+    dims = x.slid(windows)
+    return Local((x,), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, windows)
+
+
+def _register_transposed(axes: int, module_type: type[nn.Module], function: Any) -> None:
+    @register(function, spatial=axes)
+    def function_rule(
+        input: Value,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Answer:
+        return transposed(axes, input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+    @register(module_type, spatial=axes)
+    def module_rule(m: Any, input: Value) -> Answer:
+        return transposed(axes, input, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+
+
 _register_convolution(1, nn.Conv1d, F.conv1d)
 _register_convolution(2, nn.Conv2d, F.conv2d)
 _register_convolution(3, nn.Conv3d, F.conv3d)
+_register_transposed(1, nn.ConvTranspose1d, F.conv_transpose1d)
+_register_transposed(2, nn.ConvTranspose2d, F.conv_transpose2d)
+_register_transposed(3, nn.ConvTranspose3d, F.conv_transpose3d)
