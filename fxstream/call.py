@@ -115,6 +115,7 @@ def prepare(
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
         for device in dict.fromkeys(("cpu", image.device.type))
+        if torch.amp.is_autocast_available(device)
     )
     call = Call(graph, settings, modules, tuple(image.shape), template, tuple(state), autocast)
     return call, [image, *(value for value in inputs if isinstance(value, torch.Tensor)), *state.values()]

@@ -1,0 +1,107 @@
+"""What of every torchvision model streams: writes docs/torchvision.md.
+
+    python benchmarks/zoo.py
+
+Models are built without weights on the meta device (nothing is downloaded and nothing computed), in eval mode. The
+share is that of the FLOPs of one forward, counted by torch.utils.flop_counter, that the streamed part does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxstream
+
+_KINDS = {
+    torchvision.models: "classification",
+    torchvision.models.segmentation: "segmentation",
+    torchvision.models.video: "video",
+}
+_SIZES = {"inception_v3": 299, "vit_h_14": 518}
+HEADERS = ["model", "streamed up to", "share", "receptive field", "stride", "why it stops there"]
+
+
+def image_of(name: str, kind: str) -> torch.Tensor:
+    size = _SIZES.get(name, 224)
+    if kind == "video":
+        frames, size = (32, 224) if name.startswith("mvit") else (16, 224 if name == "s3d" or "swin" in name else 112)
+        return torch.empty(1, 3, frames, size, size, device="meta")
+    return torch.empty(1, 3, size, size, device="meta")
+
+
+def build(name: str) -> nn.Module:
+    builder = torchvision.models.get_model_builder(name)
+    options: dict[str, Any] = {}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    with torch.device("meta"):
+        return builder(weights=None, **options).eval()
+
+
+def streamed_share(converted: nn.Module, image: torch.Tensor) -> float:
+    """The part of a forward's FLOPs that the submodule `streamed` does."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        converted(image)
+    counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
+    return sum(count for module, count in counts.items() if module.endswith(".streamed")) / counts["Global"]
+
+
+def row(name: str, kind: str) -> list[str]:
+    model, image = build(name), image_of(name, kind)
+    try:
+        analysis = fxstream.analyze(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fxstream.StreamingWarning)
+            converted = fxstream.convert(model, max(image.shape))
+    except fxstream.StreamingError as error:
+        return [name, "nothing", "0%", "", "", " ".join(str(error).split())]
+    share = streamed_share(converted, image)
+    field = analysis.receptive_field(analysis.outputs[-1]) or {}
+    stop = analysis.stops[0].reason.split(" Way out:")[0] if analysis.stops else "it streams whole"
+    return [
+        name,
+        ", ".join(node.name for node in analysis.outputs),
+        f"{share:.1%}",
+        " x ".join(dict.fromkeys(str(one.size) for one in field.values())),
+        " x ".join(dict.fromkeys(str(one.stride) for one in field.values())),
+        stop,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "docs" / "torchvision.md")
+    parser.add_argument("--only", nargs="*", help="some models only, printed and not written")
+    options = parser.parse_args()
+    text = "# What of torchvision's models streams\n\nWritten by `python benchmarks/zoo.py`, "
+    text += f"with torchvision {torchvision.__version__}. Sizes in pixels.\n"
+    for module, kind in _KINDS.items():
+        names = [
+            name
+            for name in torchvision.models.list_models(module=module)
+            if options.only is None or name in options.only
+        ]
+        rows = [row(name, kind) for name in names]
+        text += (
+            f"\n## {kind.capitalize()}\n\n{tabulate(rows, headers=HEADERS, tablefmt='github', disable_numparse=True)}\n"
+        )
+    if options.only is None:
+        options.output.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
