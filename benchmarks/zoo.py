@@ -46,8 +46,11 @@ def build(name: str) -> nn.Module:
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
-    with torch.device("meta"):
-        return builder(weights=None, **options).eval()
+    try:
+        with torch.device("meta"):
+            return builder(weights=None, **options).eval()
+    except NotImplementedError:  # it computes something while it is built
+        return builder(weights=None, **options).eval().to("meta")
 
 
 def streamed_share(converted: nn.Module, image: torch.Tensor) -> float:

@@ -192,8 +192,8 @@ def test_an_axis_that_is_not_streamed_may_be_spanned() -> None:
     "make",
     [
         lambda x: x.new_zeros(x.shape[0], 8, 1, 1),
-        lambda x: torch.arange(x.shape[-1]),
-        lambda x: torch.linspace(0, 1, x.size(3)),
+        lambda x: x.new_full((x.shape[-1],), 0.5),
+        lambda x: x.new_ones(x.size(3)),
     ],
 )
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
@@ -250,3 +250,19 @@ def test_model(name: str, shape: tuple[int, ...], tile: Any, last: Any) -> None:
 def test_a_resnet_with_group_norm_streams_along_the_batch() -> None:
     model = torchvision.models.resnet18(num_classes=3, norm_layer=lambda channels: nn.GroupNorm(8, channels))
     assert_exact(model, (5, 3, 33, 35), BATCH, last="fc")
+
+
+@pytest.mark.parametrize("tile", [5, BATCH], ids=str)
+def test_instance_norm_by_its_running_statistics_is_local_everywhere(tile: Any) -> None:
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    nn.init.uniform_(norm.running_mean, -1, 1)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 2, 3)).eval()
+    assert_exact(model, (3, 3, 17, 15), tile, whole=True)
+
+
+def test_instance_norm_by_the_images_statistics_is_local_along_the_batch() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Conv2d(4, 2, 3))
+    assert_exact(model, (3, 3, 17, 15), BATCH, whole=True)
+    (stop,) = fxstream.analyze(model).stops
+    assert stop.reason.startswith("1 needs the mean and variance over the streamed axes H, W")

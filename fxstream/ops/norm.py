@@ -72,7 +72,7 @@ def instance_norm_module(m: Any, input: Value) -> Local | NotLocal:
     if m.track_running_stats and not m.training:
         return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, False, m.eps, "")
     if m.track_running_stats:
-        return NotLocal("updates its running statistics", _FREEZE)
+        return NotLocal("updates its running statistics", "call .eval() on it")
     if tags := input.tags(range(1, input.rank)):
         return NotLocal(
             f"needs the mean and variance over the streamed axes {', '.join(tags)}",
