@@ -27,7 +27,7 @@ _KINDS = {
     torchvision.models.segmentation: "segmentation",
     torchvision.models.video: "video",
 }
-_SIZES = {"inception_v3": 299, "vit_h_14": 518}
+_SIZES = {"inception_v3": 299}
 HEADERS = ["model", "streamed up to", "share", "receptive field", "stride", "why it stops there"]
 
 
