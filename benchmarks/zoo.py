@@ -71,7 +71,8 @@ def row(name: str, kind: str) -> list[str]:
     except fxstream.StreamingError as error:
         return [name, "nothing", "0%", "", "", " ".join(str(error).split())]
     share = streamed_share(converted, image)
-    field = analysis.receptive_field(analysis.outputs[-1]) or {}
+    fields = (analysis.receptive_field(node) for node in reversed(analysis.outputs))  # a size has none
+    field = next(filter(None, fields), {})
     stop = analysis.stops[0].reason.split(" Way out:")[0] if analysis.stops else "it streams whole"
     return [
         name,

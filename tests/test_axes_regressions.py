@@ -39,7 +39,7 @@ def make(body: Body, norm: nn.Module | None = None) -> nn.Module:
     return randomise(Net(body, norm)).double()
 
 
-def gated(m: Any, x: torch.Tensor) -> torch.Tensor:
+def gated(m: Any, x: torch.Tensor) -> Any:
     """One channel, broadcast to 8 by a parameter."""
     return x.mean(1, keepdim=True) * m.gamma
 
