@@ -58,9 +58,15 @@ class Dim:
 
     def through(self, window: Window) -> Dim:
         """The dimension after a window has slid along it. Raises ValueError where the window does not fit."""
-        if window == IDENTITY:
+        if window == IDENTITY or (isinstance(self.size, Symbol) and _keeps_size(window)):
             return self
         return Dim(self.tag, window.size(self.size) if isinstance(self.size, int) else Symbol())
+
+
+def _keeps_size(window: Window) -> bool:
+    """Whether there are always as many output rows as input rows: a "same" convolution."""
+    many = 2**40  # more than any window asks for
+    return window.stride == 1 and window.size(many) == many
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,23 +190,26 @@ def _is(size: Size, index: int, dims: Sequence[Dim], inferred: int | None) -> bo
 
 
 def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
-    """Dimensions that are not streamed, reshaped to `sizes`."""
+    """Dimensions that are not streamed, reshaped to `sizes`; None unless the numbers of elements can agree."""
     if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
         return None
-    before = product(dim.size for dim in dims)
-    after = product(size for size in sizes if size != -1)
+    rest: list[Size] = [dim.size for dim in dims]
+    others: list[Size] = []
+    for size in sizes:
+        if isinstance(size, Symbol) and size in rest:
+            rest.remove(size)
+        elif size != -1:
+            others.append(size)
+    before, after = product(rest), product(others)
+    known = isinstance(before, int) and isinstance(after, int)
+    missing: Size = Symbol()
     if -1 in sizes:
-        same = [dim.size for dim in dims if dim.size in sizes]
-        rest = [dim.size for dim in dims if dim.size not in same]
-        others = [size for size in sizes if size != -1 and size not in same]
-        missing: Size = Symbol()
         if isinstance(before, int) and isinstance(after, int):
             if after == 0 or before % after:
                 return None
             missing = before // after
-        elif not others:
-            missing = product(rest)
-        return [Dim(None, missing if size == -1 else size) for size in sizes]
-    if isinstance(before, int) and isinstance(after, int) and before != after:
-        return None
-    return [Dim(None, size) for size in sizes]
+        elif len(rest) == 1 and not others:
+            missing = rest[0]
+    elif before != after if known else isinstance(after, int):
+        return None  # what is not known cannot vanish
+    return [Dim(None, missing if size == -1 else size) for size in sizes]

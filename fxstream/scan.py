@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from .axes import Value
+from .axes import Extent, Value
 from .call import Call
 from .carry import Placement, Stitch, empty_like, index_of, stitch
 from .lower import Step, leaves, program
@@ -52,7 +52,7 @@ class Scan:
         """What the graph returns, with the outputs' tensors in place of values."""
         by_index = dict(zip(self.outputs, tensors, strict=True))
         fill = lambda leaf: by_index[leaf.index] if isinstance(leaf, Value) else leaf  # noqa: E731
-        return fx.node.map_aggregate(self.results, fill)
+        return tuple(_as_size(fx.node.map_aggregate(result, fill)) for result in self.results)
 
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for (a part of) the value is of any use."""
@@ -179,6 +179,12 @@ class Scan:
             sizes = (axis.sizes[value] for axis in self.grid.axes)
             whole[value] = empty_like(block, dict(zip(self.dims[value - 1], sizes, strict=True)))
         whole[value][self._fresh(value, tile)] = block
+
+
+def _as_size(result: Any) -> Any:
+    """A shape that is handed to the head, as the torch.Size that it would be there."""
+    sizes = isinstance(result, tuple) and all(type(size) in (int, Extent) for size in result)
+    return torch.Size(map(int, result)) if sizes else result
 
 
 class _Source:

@@ -7,6 +7,7 @@ combine are not streamed: a LayerNorm over the channels of an image, a mean over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def _unknown(*operands: Any) -> NotLocal | None:
 def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
     if problem := _unknown(weight, bias) or _spanning(input, [-1], "mixes all positions"):
         return problem
+    if weight.dim() != 2:
+        return NotLocal("has a weight that is not a matrix")
     dims = input.resized({input.rank - 1: weight.shape[0]})
     return Local((input,), dims, lambda block: F.linear(block, weight, bias))
 
@@ -125,7 +128,7 @@ def softmax_of_channels(m: Any, input: Value) -> Answer:
 def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Answer:
     if out is not None:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
-    if problem := _spanning(input, dim if isinstance(dim, tuple) else [dim], "takes the norm"):
+    if problem := _spanning(input, dim if isinstance(dim, (tuple, list)) else [dim], "takes the norm"):
         return problem
     return Local((input,), input.dims, lambda block: F.normalize(block, p, dim, eps))
 
@@ -144,23 +147,51 @@ def glu_module(m: Any, input: Value) -> Answer:
     return glu(input, m.dim)
 
 
-def _register_reduction(name: str) -> None:
+def _reduced(input: Value, dim: Any, keepdim: bool, name: str, run: Callable[..., torch.Tensor]) -> Answer:
+    """A reduction over some dimensions; None and () mean all of them."""
+    given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
+    if not isinstance(keepdim, bool) or any(type(index) is not int for index in given):
+        return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
+    reduced = sorted({input.dim(index) for index in given or range(input.rank)})
+    if problem := _spanning(input, reduced, f"takes the {name}"):
+        return problem
+    dims = [
+        Dim(None, 1) if index in reduced else old
+        for index, old in enumerate(input.dims)
+        if keepdim or index not in reduced
+    ]
+    return Local((input,), tuple(dims), lambda block: run(block, tuple(reduced), keepdim=keepdim))
+
+
+def _register_reduction(name: str, takes_dtype: bool = False) -> None:
     function = getattr(torch, name)
 
     @register(function, name)
-    def rule(input: Value, dim: Any = None, keepdim: bool = False, **options: Any) -> Answer:
-        # None and () mean all dimensions.
-        given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
-        reduced = sorted({input.dim(index) for index in given or range(input.rank)})
-        if problem := _spanning(input, reduced, f"takes the {name}"):
-            return problem
-        dims = [
-            Dim(None, 1) if index in reduced else old
-            for index, old in enumerate(input.dims)
-            if keepdim or index not in reduced
-        ]
-        return Local((input,), tuple(dims), lambda block: function(block, tuple(reduced), keepdim=keepdim, **options))
+    def rule(input: Value, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Answer:
+        if dtype is not None and not takes_dtype:
+            return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
+        options = {"dtype": dtype} if takes_dtype else {}
+        return _reduced(input, dim, keepdim, name, partial(function, **options))
 
 
-for _name in ("mean", "sum", "amax", "amin", "std", "var", "logsumexp"):
+for _name in ("amax", "amin", "logsumexp"):
     _register_reduction(_name)
+for _name in ("mean", "sum"):
+    _register_reduction(_name, takes_dtype=True)
+
+
+def _register_spread(name: str) -> None:
+    function = getattr(torch, name)
+
+    @register(function, name)
+    def rule(
+        input: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Any = None
+    ) -> Answer:
+        if isinstance(dim, bool):  # torch's other form: (input, unbiased)
+            dim, unbiased = None, dim
+        correction = int(unbiased) if correction is None else correction
+        return _reduced(input, dim, keepdim, name, partial(function, correction=correction))
+
+
+_register_spread("std")
+_register_spread("var")

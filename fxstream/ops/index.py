@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..axes import Dim, Symbol, Value
+from ..axes import Dim, Extent, Symbol, Value
 from ..window import IDENTITY, Sliding, Span, Window
 from .border import fit
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
@@ -26,6 +26,13 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
     if any([d.tag for d in value.dims] != [d.tag for d in first.dims] for value in values):
         return NotLocal("concatenates values whose streamed axes are not aligned")
     extents = {index: d.tag for index, d in enumerate(first.dims) if d.tag is not None}
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.dim() != first.rank:
+            return NotLocal("concatenates a tensor with another number of dimensions")
+        if isinstance(tensor, torch.Tensor) and any(
+            first.dims[index].known not in (None, tensor.size(index)) for index in extents
+        ):
+            return NotLocal("concatenates a tensor that has not the size of the image")
     operands = tuple(tensor if isinstance(tensor, Value) else Sliced(tensor, extents) for tensor in tensors)
     sizes = [tensor.dims[dim].known if isinstance(tensor, Value) else tensor.size(dim) for tensor in tensors]
     known = [size for size in sizes if size is not None]
@@ -40,6 +47,8 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Answer:
     first = tensors[0]
     if any([d.tag for d in value.dims] != [d.tag for d in first.dims] for value in tensors):
         return NotLocal("stacks values whose streamed axes are not aligned")
+    if not -first.rank - 1 <= dim <= first.rank:
+        return NotLocal(f"inserts a dimension at {dim} of {first.rank}")
     at = dim % (first.rank + 1)
     dims = (*first.dims[:at], Dim(None, len(tensors)), *first.dims[at:])
     return Local(tuple(tensors), dims, lambda *blocks: torch.stack(blocks, at))
@@ -55,7 +64,9 @@ def _parts(x: Value, dim: int, sizes: Sequence[int]) -> tuple[Local, ...]:
     return tuple(part(start, size) for start, size in zip(starts, sizes, strict=True))
 
 
-def _uncuttable(x: Value, dim: int) -> NotLocal | None:
+def _uncuttable(x: Value, dim: int, *counts: Any) -> NotLocal | None:
+    if not all(isinstance(count, int) for count in counts):
+        return NotLocal("cuts a dimension apart by numbers that are not known before the call")
     if tags := x.tags([dim]):
         return NotLocal(f"cuts the streamed axis {tags[0]} apart")
     if x.dims[dim].known is None:
@@ -66,7 +77,7 @@ def _uncuttable(x: Value, dim: int) -> NotLocal | None:
 @register(torch.chunk, "chunk")
 def chunk(input: Value, chunks: int, dim: int = 0) -> Answer:
     dim = input.dim(dim)
-    if problem := _uncuttable(input, dim):
+    if problem := _uncuttable(input, dim, chunks):
         return problem
     size = input.dims[dim].known or 0
     each = -(-size // chunks)
@@ -76,11 +87,14 @@ def chunk(input: Value, chunks: int, dim: int = 0) -> Answer:
 @register(torch.split, torch.functional.split, "split")
 def split(tensor: Value, split_size_or_sections: Any, dim: int = 0) -> Answer:
     dim = tensor.dim(dim)
-    if problem := _uncuttable(tensor, dim):
+    sections = split_size_or_sections
+    if problem := _uncuttable(tensor, dim, *(sections if isinstance(sections, (tuple, list)) else (sections,))):
         return problem
-    size, sections = tensor.dims[dim].known or 0, split_size_or_sections
+    size = tensor.dims[dim].known or 0
     if isinstance(sections, int):
         sections = [min(sections, size - start) for start in range(0, size, sections)]
+    if sum(sections) != size:
+        return NotLocal(f"splits {size} positions into sections of {sum(sections)}")
     return _parts(tensor, dim, list(sections))
 
 
@@ -153,7 +167,7 @@ def _cut(dim: Dim, item: slice) -> Dim:
 
 def _is_plain(item: Any) -> bool:
     parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
-    return all(part is None or part is Ellipsis or isinstance(part, int) for part in parts)
+    return all(part is None or part is Ellipsis or type(part) in (int, Extent) for part in parts)
 
 
 def _crop(item: Any) -> Sliding | None:

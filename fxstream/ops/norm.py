@@ -42,13 +42,17 @@ def batch_norm(
     return Local((x,), x.dims, run)
 
 
-@register(nn.BatchNorm1d)
-@register(nn.BatchNorm2d, spatial=2)
-@register(nn.BatchNorm3d, spatial=3)
-@register(nn.SyncBatchNorm)
 def batch_norm_module(m: Any, input: Value) -> Local | NotLocal:
     way_out = _FREEZE if m.running_mean is not None else "build it with track_running_stats=True"
     return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, m.training, m.eps, way_out)
+
+
+def _register(module_type: type[nn.Module], rule: Any, ranks: tuple[int, ...], spatial: int | None) -> None:
+    @register(module_type, spatial=spatial)
+    def module_rule(m: Any, input: Value) -> Local | NotLocal:
+        if input.rank not in ranks:
+            return NotLocal(f"gets {input.rank} dimensions, and streams {' or '.join(map(str, ranks))}")
+        return rule(m, input)  # type: ignore[no-any-return]  # one of this file's rules
 
 
 @register(F.batch_norm)
@@ -65,10 +69,7 @@ def batch_norm_function(
     return batch_norm(input, running_mean, running_var, weight, bias, training, eps, "call it with training=False")
 
 
-@register(nn.InstanceNorm1d)
-@register(nn.InstanceNorm2d, spatial=2)
-@register(nn.InstanceNorm3d, spatial=3)
-def instance_norm_module(m: Any, input: Value) -> Local | NotLocal:
+def instance_norm(m: Any, input: Value) -> Local | NotLocal:
     if m.track_running_stats and not m.training:
         return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, False, m.eps, "")
     if m.track_running_stats:
@@ -80,3 +81,12 @@ def instance_norm_module(m: Any, input: Value) -> Local | NotLocal:
         )
     weight, bias, eps = m.weight, m.bias, m.eps
     return Local((input,), input.dims, lambda block: F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))
+
+
+_register(nn.BatchNorm1d, batch_norm_module, (2, 3), None)
+_register(nn.BatchNorm2d, batch_norm_module, (4,), 2)
+_register(nn.BatchNorm3d, batch_norm_module, (5,), 3)
+_register(nn.SyncBatchNorm, batch_norm_module, (2, 3, 4, 5), None)
+_register(nn.InstanceNorm1d, instance_norm, (3,), None)
+_register(nn.InstanceNorm2d, instance_norm, (4,), 2)
+_register(nn.InstanceNorm3d, instance_norm, (5,), 3)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Value, broadcast
+from ..axes import Dim, Symbol, Value, broadcast
 from .registry import Local, NotLocal, Sliced, Unknown, register
 
 
@@ -27,6 +27,9 @@ def pointwise(
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
     if (dims := broadcast(values)) is None:
         return NotLocal("combines values whose streamed axes are not aligned")
+    for arg in named.values():
+        if isinstance(arg, (torch.Tensor, Unknown)):
+            dims = _widened(dims, arg)
     if mutates and not isinstance(args[0], Value):
         return NotLocal(
             "writes values of the image into a tensor that does not depend on it", "use the out-of-place form"
@@ -51,6 +54,17 @@ def pointwise(
         return result.to(filled[0].dtype) if mutates else result
 
     return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
+
+
+def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Unknown) -> tuple[Dim, ...]:
+    """Dimensions after a constant has been broadcast against them, which may have more channels."""
+    if isinstance(constant, Unknown):
+        return tuple(dim if dim.tag is not None else Dim(None, Symbol()) for dim in dims)
+    sizes = (1,) * (len(dims) - constant.dim()) + tuple(constant.shape)
+    wider = (
+        dim if dim.tag is not None or size == 1 else Dim(None, size) for dim, size in zip(dims, sizes, strict=False)
+    )
+    return tuple(wider)
 
 
 def _grows(target: Value, dims: tuple[Dim, ...]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, reshaped
+from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, is_extent, reshaped
 from ..axes import product as product_of
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
@@ -138,6 +138,8 @@ def unflatten_module(m: Any, input: Value) -> Answer:
 
 @register(torch.unsqueeze, "unsqueeze")
 def unsqueeze(input: Value, dim: int) -> Answer:
+    if not -input.rank - 1 <= dim <= input.rank:
+        return NotLocal(f"inserts a dimension at {dim} of {input.rank}")
     at = dim % (input.rank + 1)
     dims = (*input.dims[:at], Dim(None, 1), *input.dims[at:])
     return Local((input,), dims, lambda block: block.unsqueeze(at), aliases=input)
@@ -168,11 +170,7 @@ def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
     new = len(sizes) - x.rank
     dims = [Dim(None, size) for size in sizes[:new]]
     for dim, size in zip(x.dims, sizes[new:], strict=True):
-        if (
-            dim.tag is not None
-            and size != -1
-            and not (isinstance(size, (Extent, SymbolicExtent)) and size.tag == dim.tag)
-        ):
+        if dim.tag is not None and size != -1 and not is_extent(size, dim):
             return NotLocal(f"expands the streamed axis {dim.tag}")
         dims.append(dim if dim.tag is not None or size == -1 else Dim(None, size))
     if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes[:new]):
@@ -187,6 +185,8 @@ def _token(tensor: torch.Tensor, sizes: Sequence[Any]) -> Answer:
     if not extents or any(isinstance(size, (Unknown, Symbol)) for i, size in enumerate(sizes) if i not in extents):
         return NotLocal("expands a tensor to a size that is not the extent of a streamed axis")
     source = next(iter(extents.values())).value
+    if any(not is_extent(size, source.dims[source.position(size.tag)]) for size in extents.values()):
+        return NotLocal("expands a tensor to the extents of different values")
     if {size.tag for size in extents.values()} != set(source.tags()) or len(extents) != len(source.tags()):
         return NotLocal("expands a tensor to the extents of some of the streamed axes only")
     whole = (
