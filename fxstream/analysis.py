@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from .axes import Dim, Symbol, Value, axis_names
 from .errors import StreamingError, TileShapeError
-from .lower import answer, complaint, define, label, leaves, locals_of, operation, overwrites
+from .lower import answer, complaint, define, label, leaves, locals_of, operation, overwrites, spatial_axes
 from .memory import Memory
-from .ops import Answer, Fact, Local, NotLocal, Unknown, rule_for
+from .ops import Answer, Fact, Local, NotLocal, Unknown
 from .trace import Trace, has_hooks
 from .window import IDENTITY, Window
 
@@ -144,11 +144,9 @@ def image_node(graph: fx.Graph, name: str | None) -> fx.Node:
 
 def image_names(trace: Trace, example_input: torch.Tensor | None) -> tuple[str, ...]:
     """The image's dimensions: by the first operation made for a number of spatial axes, else by an example."""
-    modules = dict(trace.root.named_modules())
     for node in trace.graph.nodes:
-        rule = rule_for(type(modules[node.target]) if node.op == "call_module" else node.target)
-        if rule is not None and rule.spatial is not None:
-            return axis_names(rule.spatial)
+        if (axes := spatial_axes(node, trace.module_of(node))) is not None:
+            return axis_names(axes)
     if example_input is None:
         raise TileShapeError(
             "the model does not tell how many spatial axes its image has. Way out: give an example_input"
@@ -191,13 +189,12 @@ class _Walk:
         self.axes = axes
         self.freeze = freeze
         self.left_to_head = left_to_head
-        self.modules = dict(trace.root.named_modules())
         self.nodes = list(trace.graph.nodes)
         self.memory = Memory(trace.graph, image)
-        self.constants = _Constants(self.modules, trace.constants)
+        self.constants = _Constants(trace.modules, trace.constants)
         self.found: dict[fx.Node, Finding] = {}
         self.states = {
-            path: [f"{path}.{name}" for name in module.state_dict()] for path, module in self.modules.items()
+            path: [f"{path}.{name}" for name in module.state_dict()] for path, module in trace.modules.items()
         }
         dims = tuple(Dim(name if name in axes else None, Symbol()) for name in names)
         self.values: dict[fx.Node, Any] = {image: Value(dims, 0)}
@@ -220,7 +217,8 @@ class _Walk:
                 self.memory.add(node, map(self._node_of, [*bases, *passed]))
         elif finding.status != "image":
             # Without a rule that says otherwise, its result may be a view of anything that it reads.
-            shares = () if self._slides(node) else map(self.memory.latest, node.all_input_nodes)
+            slides = spatial_axes(node, self.trace.module_of(node)) is not None
+            shares = () if slides else map(self.memory.latest, node.all_input_nodes)
             self.memory.add(node, shares, [str(node.target)] if node.op == "get_attr" else self._state(node))
         return finding
 
@@ -228,12 +226,8 @@ class _Walk:
         """Parameters and buffers, by path, of the module that a node calls."""
         return self.states[str(node.target)] if node.op == "call_module" else []
 
-    def _slides(self, node: fx.Node) -> bool:
-        rule = rule_for(type(self.modules[str(node.target)]) if node.op == "call_module" else node.target)
-        return rule is not None and rule.spatial is not None
-
     def _classify(self, node: fx.Node) -> Finding:
-        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        module = self.trace.module_of(node)
         name = operation(node, module) if node.op.startswith("call") else node.op
         if node is self.image:
             return Finding(node, "image", name)

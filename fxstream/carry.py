@@ -36,7 +36,7 @@ class Placement:
 
     def __init__(self, layout: Layout, dims: Sequence[int], rank: int):
         whole = tuple(slice(0, extent) for extent in layout.extent)
-        self.layout = layout
+        self.layout = layout  # kept alive: a scan finds the placement by the layout's identity
         self.extent = dict(zip(dims, layout.extent, strict=True))
         self.own = None if layout.own is None else index_of(layout.own, dims, rank)
         self.parts = [
@@ -78,9 +78,8 @@ class Stitch(torch.autograd.Function):
     def forward(ctx: Any, place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
         ctx.place = place
         ctx.has_block = block is not None
-        ctx.like = [
-            (tensor.shape, tensor.dtype, tensor.device) for tensor in ((block,) if block is not None else parts)[:1]
-        ]
+        like = parts[0] if block is None else block
+        ctx.shape, ctx.options = like.shape, {"dtype": like.dtype, "device": like.device}
         ctx.set_materialize_grads(False)
         return stitch(place, block, *parts)
 
@@ -96,9 +95,8 @@ class Stitch(torch.autograd.Function):
         block = None if region is None or place.own is None else region[place.own]
         kept = [(g, i) for g, (_, i) in zip(keeps, place.keeps, strict=True) if g is not None]
         if kept:
-            shape, dtype, device = ctx.like[0]
             # The reads' gradient may be shared with other nodes of the graph: never add into it.
-            block = torch.zeros(shape, dtype=dtype, device=device) if block is None else block.clone()
+            block = torch.zeros(ctx.shape, **ctx.options) if block is None else block.clone()
             for gradient, index in kept:
                 block[index] += gradient
         return (None, block, *parts)
@@ -108,11 +106,10 @@ class Stitch(torch.autograd.Function):
         place: Placement = ctx.place
         if not reads:
             return None
-        shape, dtype, device = ctx.like[0]
-        shape = [place.extent.get(dim, size) for dim, size in enumerate(shape)]
+        shape = [place.extent.get(dim, size) for dim, size in enumerate(ctx.shape)]
         if len(reads) == 1 and list(reads[0][0].shape) == shape:
             return reads[0][0]
-        total = torch.zeros(shape, dtype=dtype, device=device)
+        total = torch.zeros(shape, **ctx.options)
         for gradient, index in reads:
             total[index] += gradient
         return total

@@ -10,7 +10,7 @@ from torch import fx, nn
 from .analysis import Analysis, image_names, image_node
 from .call import Settings
 from .errors import NothingToStreamError, StreamingError, StreamingWarning, TileShapeError
-from .ops import rule_for
+from .lower import spatial_axes
 from .partition import partition
 from .stream import Streamed
 from .trace import trace
@@ -124,14 +124,8 @@ def _nothing(analysis: Analysis) -> str:
 
 def _warn_if_short(analysis: Analysis) -> None:
     """Windowed operations left in the head are what one would have expected to be streamed."""
-    modules = dict(analysis.trace.root.named_modules())
-    targets = (
-        type(modules[f.node.target]) if f.node.op == "call_module" else f.node.target
-        for f in analysis.findings
-        if f.status in ("stop", "head")
-    )
-    rules = (rule_for(target) for target in targets)
-    left = sum(rule is not None and rule.spatial is not None for rule in rules)
+    head = (finding.node for finding in analysis.findings if finding.status in ("stop", "head"))
+    left = sum(spatial_axes(node, analysis.trace.module_of(node)) is not None for node in head)
     if left:
         reasons = "\n".join(f"  {stop.reason}" for stop in analysis.stops)
         last = analysis.prefix[-1].name

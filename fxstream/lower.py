@@ -16,13 +16,11 @@ from .axes import Symbol, Value
 from .errors import ImageTooSmallError, NotLocalError
 from .ops import Answer, Fact, Local, NotLocal, Rule, Unknown, rule_for
 from .schedule import Program
+from .trace import INPLACE_OPERATORS
 from .window import Span
 
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
-_ASSIGNING = {
-    getattr(operator, f"i{name}")
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-} | {operator.setitem}
+_ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator.setitem}
 
 
 class Borrowed:
@@ -55,6 +53,17 @@ def operation(node: fx.Node, module: nn.Module | None) -> str:
     return f"{(getattr(node.target, '__module__', None) or 'torch').lstrip('_')}.{name}"
 
 
+def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    """The rule of a node's operation; `module` is the one that it calls."""
+    return rule_for(type(module) if module is not None else node.target)
+
+
+def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
+    """The number of spatial axes that a node's operation is made for, if it fixes one: it slides, pools or pads."""
+    rule = rule_of(node, module)
+    return None if rule is None else rule.spatial
+
+
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
     if module is not None:
@@ -83,7 +92,7 @@ def answer(
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)) and isinstance(args[1], (int, slice)):
         return Fact(args[0][args[1]])
-    rule = rule_for(type(module) if module is not None else node.target)
+    rule = rule_of(node, module)
     found = leaves((args, kwargs))
     expands = rule is not None and rule.takes_sizes and any(isinstance(leaf, torch.Tensor) for leaf in found)
     if not expands and not any(isinstance(leaf, Value) for leaf in found):

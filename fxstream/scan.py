@@ -16,11 +16,10 @@ from .call import Call
 from .carry import Placement, Stitch, empty_like, index_of, stitch
 from .lower import Step, leaves, program
 from .ops import Sliced
-from .schedule import Tile, readers
+from .schedule import Index, Tile, readers
 
 Key = tuple[int, Tile, int]
 """A kept piece: value, tile, piece."""
-Index = tuple[slice, ...]
 Which = TypeVar("Which", int, Key)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import fx
 
 
-class _Reference(NamedTuple):
-    """Another node of the graph, by its name."""
+@dataclass(frozen=True)
+class _Reference:
+    """Another node of the graph, by its name. Not a tuple: fx would map over its parts."""
 
     name: str
 
@@ -23,6 +25,10 @@ class _Function(NamedTuple):
     name: str
 
 
+def _refer(node: fx.Node) -> Any:
+    return _Reference(node.name)
+
+
 def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The graph's nodes as picklable tuples. Of their metadata only the module path stays."""
     return [
@@ -30,7 +36,7 @@ def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
             node.op,
             node.name,
             _by_name(node.target) if callable(node.target) else node.target,
-            *fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: _Reference(source.name)),
+            *fx.node.map_arg((node.args, dict(node.kwargs)), _refer),
             [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()][-1:],
         )
         for node in graph.nodes
@@ -48,7 +54,7 @@ def load_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
     for op, name, target, args, kwargs, path in nodes:
         if isinstance(target, _Function):
             target = getattr(import_module(target.module), target.name)
-        args, kwargs = _map(args, resolve), _map(kwargs, resolve)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), resolve)
         known[name] = graph.create_node(op, target, args, kwargs, name)
         if path:
             known[name].meta["nn_module_stack"] = {path[0]: (path[0], None)}
@@ -59,19 +65,3 @@ def _by_name(function: Callable[..., Any]) -> Any:
     module, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
     found = getattr(sys.modules.get(module or ""), name, None)
     return _Function(str(module), name) if found is function else function
-
-
-def _map(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the leaves of nested arguments; a _Reference is one."""
-    if isinstance(value, _Reference):
-        return function(value)
-    if isinstance(value, tuple):
-        items = (_map(item, function) for item in value)
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [_map(item, function) for item in value]
-    if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_map(item, function) for item in (value.start, value.stop, value.step)))
-    return function(value)

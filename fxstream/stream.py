@@ -6,6 +6,7 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ class Streamed(nn.Module):
 
     def forward(self, image: torch.Tensor, *inputs: Any) -> Any:
         (owner,) = self._owner
-        _check_modules(owner, self.settings, self._paths)
+        called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
+        _check_modules(owner, self.settings, modules)
         _check_image(image, self.settings)
-        modules = {path: owner.get_submodule(path) for path in self._paths}
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
         scan = Scan(call, tensors)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -48,11 +50,6 @@ class Streamed(nn.Module):
             outputs, _ = scan.forward(keep=False)
         returned = scan.returned(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
-
-    @property
-    def _paths(self) -> list[str]:
-        """The modules that the graph calls."""
-        return list(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"))
 
     def extra_repr(self) -> str:
         return f"tile_shape={self.settings.tile_shape}"
@@ -65,9 +62,10 @@ class Streamed(nn.Module):
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
-def _check_modules(owner: nn.Module, settings: Settings, called: list[str]) -> None:
-    for path in (*called, *settings.entered):
-        if has_hooks(owner.get_submodule(path)):
+def _check_modules(owner: nn.Module, settings: Settings, called: Mapping[str, nn.Module]) -> None:
+    entered = {path: owner.get_submodule(path) for path in settings.entered}
+    for path, module in {**called, **entered}.items():
+        if has_hooks(module):
             raise HookError(
                 f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
                 "Way out: register it before the conversion; streaming then ends in front of this module."

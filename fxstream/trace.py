@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+
+
+INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+"""The functions of `operator` that overwrite their first argument, if that is a tensor."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -53,6 +58,15 @@ class Trace:
     constants: dict[str, torch.Tensor]
     """Name of a get_attr -> the tensor that forward made while it was traced."""
 
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """All modules by path, the root under ""."""
+        return dict(self.root.named_modules())
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
 
 class _Proxy(Proxy):
     """A proxy that records in-place operators, which Python would otherwise turn into `x = x + y`."""
@@ -66,20 +80,7 @@ def _inplace(name: str) -> Callable[[_Proxy, Any], Proxy]:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-):
+for _name in INPLACE_OPERATORS:
     setattr(_Proxy, f"__{_name}__", _inplace(_name))
 
 

@@ -31,6 +31,13 @@ def _unknown(*operands: Any) -> NotLocal | None:
     return None
 
 
+def _combined(
+    x: Value, dims: Iterable[int], what: str, run: Callable[[torch.Tensor], torch.Tensor], *parameters: Any
+) -> Answer:
+    """An operation that keeps the shape and combines the positions of `dims`."""
+    return _unknown(*parameters) or _spanning(x, dims, what) or Local((x,), x.dims, run)
+
+
 @register(F.linear)
 def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
     if problem := _unknown(weight, bias) or _spanning(input, [-1], "mixes all positions"):
@@ -53,10 +60,8 @@ def layer_norm(
     shape = tuple(normalized_shape)
     if any(not isinstance(size, int) for size in shape):
         return NotLocal("normalises over sizes that are not known before the call")
-    problem = _unknown(weight, bias) or _spanning(input, range(-len(shape), 0), "takes the mean and variance")
-    if problem:
-        return problem
-    return Local((input,), input.dims, lambda block: F.layer_norm(block, shape, weight, bias, eps))
+    run = partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
+    return _combined(input, range(-len(shape), 0), "takes the mean and variance", run, weight, bias)
 
 
 @register(nn.LayerNorm)
@@ -66,10 +71,8 @@ def layer_norm_module(m: Any, input: Value) -> Answer:
 
 @register(F.group_norm)
 def group_norm(input: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Answer:
-    problem = _unknown(weight, bias) or _spanning(input, range(1, input.rank), "takes the mean and variance of groups")
-    if problem:
-        return problem
-    return Local((input,), input.dims, lambda block: F.group_norm(block, num_groups, weight, bias, eps))
+    run = partial(F.group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps)
+    return _combined(input, range(1, input.rank), "takes the mean and variance of groups", run, weight, bias)
 
 
 @register(nn.GroupNorm)
@@ -79,9 +82,8 @@ def group_norm_module(m: Any, input: Value) -> Answer:
 
 @register(F.local_response_norm)
 def local_response_norm(input: Value, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Answer:
-    if problem := _spanning(input, [1], "combines neighbouring positions"):
-        return problem
-    return Local((input,), input.dims, lambda block: F.local_response_norm(block, size, alpha, beta, k))
+    run = partial(F.local_response_norm, size=size, alpha=alpha, beta=beta, k=k)
+    return _combined(input, [1], "combines neighbouring positions", run)
 
 
 @register(nn.LocalResponseNorm)
@@ -97,9 +99,7 @@ def _register_over_one_dimension(what: str, function: Callable[..., torch.Tensor
         kwargs.pop("_stacklevel", None)
         if dim is None:
             return NotLocal(f"takes {what} along a dimension that it does not name")
-        if problem := _spanning(input, [dim], f"takes {what}"):
-            return problem
-        return Local((input,), input.dims, lambda block: function(block, dim, *args, **kwargs))
+        return _combined(input, [dim], f"takes {what}", lambda block: function(block, dim, *args, **kwargs))
 
 
 _register_over_one_dimension("the softmax", torch.softmax, torch.softmax, F.softmax, "softmax")
@@ -107,30 +107,29 @@ _register_over_one_dimension("the softmax", torch.log_softmax, torch.log_softmax
 _register_over_one_dimension("the cumulative sum", torch.cumsum, torch.cumsum, "cumsum")
 
 
-@register(nn.Softmax, nn.LogSoftmax)
-def softmax_module(m: Any, input: Value) -> Answer:
-    if m.dim is None:
-        return NotLocal("takes the softmax along a dimension that it does not name")
-    if problem := _spanning(input, [m.dim], "takes the softmax"):
-        return problem
-    dim, log = m.dim, isinstance(m, nn.LogSoftmax)
-    return Local((input,), input.dims, lambda block: (torch.log_softmax if log else torch.softmax)(block, dim))
+def _register_softmax_module(module_type: type[nn.Module], function: Callable[..., torch.Tensor]) -> None:
+    @register(module_type)
+    def rule(m: Any, input: Value) -> Answer:
+        if m.dim is None:
+            return NotLocal("takes the softmax along a dimension that it does not name")
+        return _combined(input, [m.dim], "takes the softmax", partial(function, dim=m.dim))
+
+
+_register_softmax_module(nn.Softmax, torch.softmax)
+_register_softmax_module(nn.LogSoftmax, torch.log_softmax)
 
 
 @register(nn.Softmax2d)
 def softmax_of_channels(m: Any, input: Value) -> Answer:
-    if problem := _spanning(input, [-3], "takes the softmax"):
-        return problem
-    return Local((input,), input.dims, lambda block: torch.softmax(block, -3))
+    return _combined(input, [-3], "takes the softmax", partial(torch.softmax, dim=-3))
 
 
 @register(F.normalize)
 def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Answer:
     if out is not None:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
-    if problem := _spanning(input, dim if isinstance(dim, (tuple, list)) else [dim], "takes the norm"):
-        return problem
-    return Local((input,), input.dims, lambda block: F.normalize(block, p, dim, eps))
+    dims = dim if isinstance(dim, (tuple, list)) else [dim]
+    return _combined(input, dims, "takes the norm", lambda block: F.normalize(block, p, dim, eps))
 
 
 @register(F.glu)

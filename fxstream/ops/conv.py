@@ -11,10 +11,10 @@ from torch import nn
 from ..axes import Dim, Value
 from ..errors import InputError
 from ..window import Border, Sliding, Span, Transposed
-from .border import fit
+from .border import MODES, fit
 from .registry import Answer, Local, NotLocal, Unknown, register
 
-_BORDERS: dict[str, Border] = {"zeros": "zeros", "reflect": "reflect", "replicate": "replicate"}
+_BORDERS: dict[str, Border] = {border: border for border in MODES}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -34,6 +34,22 @@ def image_problem(x: Value, axes: int, name: str) -> NotLocal | None:
     return None
 
 
+def _kernel_problem(x: Value, axes: int, weight: Any, bias: Any) -> NotLocal | None:
+    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
+        unknown = "has a kernel that is not known before the call"
+        return image_problem(x, axes, "mixes channels") or NotLocal(
+            unknown, "give it a kernel made of parameters alone"
+        )
+    return image_problem(x, axes, "mixes channels")
+
+
+def _channel_problem(x: Value, expected: int) -> NotLocal | None:
+    channels = x.dims[1].known
+    if channels not in (None, expected):
+        return NotLocal(f"has a kernel for {expected} channels and gets {channels}", error=InputError)
+    return None
+
+
 def convolution(
     axes: int,
     x: Value,
@@ -45,18 +61,15 @@ def convolution(
     groups: int,
     mode: str = "zeros",
 ) -> Local | NotLocal:
-    if problem := image_problem(x, axes, "mixes channels"):
+    if problem := _kernel_problem(x, axes, weight, bias):
         return problem
-    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
-        return NotLocal("has a kernel that is not known before the call", "give it a kernel made of parameters alone")
     if mode not in _BORDERS:
         return NotLocal(
             f"pads in mode '{mode}', which reads rows from the opposite border",
             "use padding_mode='zeros', 'reflect' or 'replicate'",
         )
-    channels = x.dims[1].known
-    if channels is not None and channels != weight.shape[1] * groups:
-        return NotLocal(f"has a kernel for {weight.shape[1] * groups} channels and gets {channels}", error=InputError)
+    if problem := _channel_problem(x, weight.shape[1] * groups):
+        return problem
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)
     windows = {
         axis + 2: Sliding(k, s, d, before, after, _BORDERS[mode])
@@ -112,13 +125,8 @@ def transposed(
     groups: int,
     dilation: Any,
 ) -> Answer:
-    if problem := image_problem(x, axes, "mixes channels"):
+    if problem := _kernel_problem(x, axes, weight, bias) or _channel_problem(x, weight.shape[0]):
         return problem
-    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
-        return NotLocal("has a kernel that is not known before the call", "give it a kernel made of parameters alone")
-    channels = x.dims[1].known
-    if channels is not None and channels != weight.shape[0]:
-        return NotLocal(f"has a kernel for {weight.shape[0]} channels and gets {channels}", error=InputError)
     stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
     sizes = zip(
         weight.shape[2:], stride, dilation, per_axis(padding, axes), per_axis(output_padding, axes), strict=True

@@ -38,18 +38,11 @@ for _module, _function in (
     _register_dropout(_module, _function)
 
 
+@register("torchvision.ops.stochastic_depth.stochastic_depth")
 def stochastic_depth(input: Value, p: float, mode: str, training: bool = True) -> Answer:
     return _drops(input, p, training)
 
 
+@register("torchvision.ops.stochastic_depth.StochasticDepth")
 def stochastic_depth_module(m: Any, input: Value) -> Answer:
     return _drops(input, m.p, m.training)
-
-
-try:
-    import torchvision  # type: ignore[import-untyped]  # it has no types
-except ImportError:  # an extra; without it no model has these
-    pass
-else:
-    register(torchvision.ops.stochastic_depth)(stochastic_depth)
-    register(torchvision.ops.StochasticDepth)(stochastic_depth_module)

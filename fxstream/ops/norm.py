@@ -18,16 +18,14 @@ _FREEZE = "call .eval() on it, or convert with freeze_batchnorm=True"
 def batch_norm(
     x: Value, mean: Any, var: Any, weight: Any, bias: Any, training: bool, eps: float, way_out: str
 ) -> Local | NotLocal:
-    # Statistics of the batch at hand span all axes but the channels.
-    if (training or mean is None) and (tags := x.tags()):
+    if training or mean is None:
+        # Statistics of the batch at hand span all axes but the channels, so every streamed one.
         why = "is in training mode" if training else "has no running statistics"
         return NotLocal(
-            f"{why} and needs the mean and variance over the streamed axes {', '.join(tags)}",
+            f"{why} and needs the mean and variance over the streamed axes {', '.join(x.tags())}",
             way_out,
             BatchNormModeError,
         )
-    if training or mean is None:
-        return NotLocal("updates its running statistics", way_out, BatchNormModeError)
     if tags := x.tags([1]):
         return NotLocal(f"has its channels along the streamed axis {tags[0]}")
     if any(isinstance(operand, (Value, Unknown)) for operand in (mean, var, weight, bias)):

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..axes import Symbol, Value
 from ..window import Border, Sliding, Span, Window
-from .border import fit
+from .border import MODES, fit
 from .registry import Local, NotLocal, register
 
-_BORDERS: dict[str, Border] = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}
+_BORDERS: dict[str, Border] = {mode: border for border, mode in MODES.items()}
 
 
 @register(F.pad)

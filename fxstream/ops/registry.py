@@ -116,7 +116,8 @@ def register(
 
     Args:
         targets: module classes (exactly these: a subclass may have its own forward), functions as torch.fx records
-            them, names of tensor methods.
+            them, names of tensor methods; or, of a library that need not be installed, a class or function by its
+            qualified name ("torchvision.ops.stochastic_depth.StochasticDepth").
         spatial: the number of spatial axes, for operations that fix it (2 for Conv2d).
         takes_sizes: also ask the rule where only sizes depend on the image (a token expanded to the batch).
     """
@@ -133,6 +134,9 @@ def register(
 def rule_for(target: Target) -> Rule | None:
     """The rule of a module class, a function or a tensor method."""
     try:
-        return _RULES.get(target)
+        rule = _RULES.get(target)
     except TypeError:  # not hashable
         return None
+    if rule is None and not isinstance(target, str):
+        rule = _RULES.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}")
+    return rule
