@@ -36,8 +36,10 @@ class ReceptiveField:
     stride: int | Fraction = 1
     padding: int | Fraction = 0
 
-    def through(self, window: Window) -> ReceptiveField:
-        """The receptive field of a value that reads this one through `window`."""
+    def through(self, window: Window) -> ReceptiveField | None:
+        """The receptive field of a value that reads this one through `window`; None if it has no constant stride."""
+        if window.stride is None:
+            return None
         return ReceptiveField(
             self.size + (window.extent - 1) * self.stride,
             self.stride * window.stride,
@@ -117,7 +119,8 @@ class Analysis:
         return [f.node for f in self.findings if f.status in ("local", "size") and f.node.name in needed]
 
     def receptive_field(self, node: fx.Node | str) -> dict[str, ReceptiveField] | None:
-        """Per streamed axis, what one position of a local node sees; None where branches advance at different rates."""
+        """Per streamed axis, what one position of a local node sees; None where it is undefined:
+        behind branches that advance at different rates, and behind resampling to a size."""
         name = node.name if isinstance(node, fx.Node) else node
         found: dict[str, ReceptiveField] | None = self.graph.nodes[name]["receptive_field"]
         return found

@@ -39,7 +39,8 @@ class Window(ABC):
     `[a * stride - before, a * stride - before + extent)`, some of which may lie outside the image.
     """
 
-    stride: int | Fraction
+    stride: int | Fraction | None
+    """None if output rows do not advance at one rate; there is no receptive field then."""
     extent: int | Fraction
     before: int | Fraction
 
@@ -184,6 +185,32 @@ class Transposed(Window):
         pad = (max(0, reached[0] - start), max(0, stop - reached[1]))
         trim = (max(0, start - reached[0]), max(0, reached[1] - stop))
         return Span(start, stop, lo, hi, pad, trim, length)
+
+
+@dataclass(frozen=True)
+class Table(Window):
+    """A window given row by row, that of resampling: output row `i` reads input rows `[first[i], end[i])`.
+
+    It is that of one length of the axis. Neither `first` nor `end` ever decreases.
+    """
+
+    length: int
+    first: tuple[int, ...]
+    end: tuple[int, ...]
+    stride: int | Fraction | None = None
+    extent: int | Fraction = 0
+    before: int | Fraction = 0
+
+    def size(self, length: int) -> int:
+        if length != self.length:
+            raise ValueError(f"its rows were laid out for {self.length} rows, and there are {length}")
+        return len(self.first)
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        return Span(start, stop, self.first[start], self.end[stop - 1], (0, 0), (0, 0), length)
+
+    def whole(self, length: int) -> Span:
+        return Span(0, self.size(length), 0, length, (0, 0), (0, 0), length)
 
 
 IDENTITY = Sliding()

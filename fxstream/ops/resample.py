@@ -1,72 +1,276 @@
-"""Pixel shuffling: channels to pixels and back."""
+"""Resampling: every output row is a weighted sum of a few input rows, gathered along one axis after the other.
+
+`F.interpolate` cannot run on blocks: where an output row reads follows from the sizes of what it is given, in floating
+point. So the rows and weights of a whole axis are computed once, with torch's own arithmetic (ATen/native/UpSample.h),
+and each block takes its part of them. Only scale factors of a power of two, whose arithmetic is exact, run natively.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value
-from ..window import Sliding, Span, Transposed
-from .border import fit
-from .conv import image_problem
-from .registry import Answer, Local, NotLocal, register
+from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value
+from ..errors import InputError
+from ..window import Span, Table, Window
+from .registry import Answer, Local, NotLocal, Unknown, register
+
+_TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
+_WAY_OUT = "use a mode of " + ", ".join(_TAPS) + " without antialiasing"
+_RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 
 
-@register(F.pixel_shuffle, torch.pixel_shuffle, spatial=2)
-def pixel_shuffle(input: Value, upscale_factor: int) -> Answer:
-    if problem := image_problem(input, 2, "spreads its channels over pixels"):
+@dataclass(frozen=True)
+class _Axis:
+    """Resampling along one axis, from `length` rows to `size`."""
+
+    mode: str
+    length: int
+    size: int
+    scale: float | None
+    """The scale factor, where torch uses it instead of the ratio of the sizes."""
+    align_corners: bool
+
+    @property
+    def factor(self) -> int | None:
+        """The factor by which it enlarges, if that is a power of two and all arithmetic with it is exact."""
+        factor = self.size // self.length
+        exact = factor * self.length == self.size and factor.bit_count() == 1 and self.scale in (None, factor)
+        return factor if exact and not (self.align_corners and factor > 1) else None
+
+
+class _Like(NamedTuple):
+    """What torch's choice of arithmetic for nearest neighbours hangs on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    channels: int = 1
+    """Their number where they lie next to each other in memory (channels_last), else 1."""
+
+    @staticmethod
+    def of(block: torch.Tensor) -> _Like:
+        # Integers up to the size of any axis must be exact in it; what torch does with shorter types is the same.
+        dtype = block.dtype if block.dtype.itemsize > 2 else torch.float32
+        channels = block.size(1) if block.dim() > 3 and block.stride(1) == 1 else 1
+        return _Like(dtype, block.device, block.dim(), channels)
+
+
+@lru_cache(maxsize=256)
+def _nearest(axis: _Axis, like: _Like) -> torch.Tensor:
+    """For every output row the input row that it is, (1, size): torch's own answer to numbered rows."""
+    shape = (1, like.channels, *(2,) * (like.rank - 3), axis.length)
+    rows = torch.arange(axis.length, device=like.device).to(like.dtype).expand(shape)
+    if like.channels > 1:
+        rows = rows.contiguous(memory_format=torch.channels_last if like.rank == 4 else torch.channels_last_3d)
+    others = like.rank - 3
+    target: dict[str, Any] = {"size": (*(2,) * others, axis.size)}
+    if axis.scale is not None:
+        target = {"scale_factor": (*(1.0,) * others, float(axis.scale))}
+    found = F.interpolate(rows, **target, mode=axis.mode)
+    return found[(0,) * (like.rank - 1)].long().unsqueeze(0)
+
+
+@lru_cache(maxsize=256)
+def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every output row the input rows that it reads and their weights, both (taps, size)."""
+    position = _source(axis, dtype)
+    below = position.floor().clamp(max=axis.length - 1)
+    fraction = (position - below).clamp(0, 1)
+    weights = torch.stack([1 - fraction, fraction]) if _TAPS[axis.mode] == 2 else _cubic(fraction)
+    first = 1 - len(weights) // 2
+    rows = torch.stack([below.long() + offset for offset in range(first, first + len(weights))])
+    return rows.clamp(0, axis.length - 1), weights
+
+
+def _source(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
+    """Where each output row lies among the input rows (area_pixel_compute_source_index)."""
+    rows = torch.arange(axis.size, dtype=dtype)
+    if axis.size == axis.length:
+        return rows
+    if axis.align_corners:
+        ratio = torch.tensor(axis.length - 1, dtype=dtype) / max(axis.size - 1, 1)
+        return rows * (ratio if axis.size > 1 else 0)
+    ratio = torch.tensor(axis.length, dtype=dtype) / axis.size
+    if axis.scale is not None:
+        ratio = torch.tensor(1 / axis.scale, dtype=dtype)
+    position = ratio * (rows + 0.5) - 0.5
+    return position if axis.mode == "bicubic" else position.clamp(min=0)
+
+
+def _cubic(fraction: torch.Tensor) -> torch.Tensor:
+    """The four weights of cubic convolution with A = -0.75 (Keys 1981; get_cubic_upsample_coefficients)."""
+    a = -0.75
+
+    def near(x: torch.Tensor) -> torch.Tensor:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return torch.stack([far(fraction + 1), near(fraction), near(1 - fraction), far(2 - fraction)])
+
+
+@lru_cache(maxsize=256)
+def _window(axis: _Axis) -> Table:
+    """The rows that are read, whichever precision their numbers are computed in."""
+    precisions = (torch.float32, torch.float64)
+    if _TAPS[axis.mode] == 1:
+        rows = torch.cat([_nearest(axis, _Like(dtype, torch.device("cpu"), 3)) for dtype in precisions])
+    else:
+        rows = torch.cat([_weighted(axis, dtype)[0] for dtype in precisions])
+    # Rounding may put rows of weight 0 out of order.
+    first = rows.amin(0).flip(0).cummin(0).values.flip(0)
+    end = rows.amax(0).cummax(0).values + 1
+    return Table(axis.length, tuple(first.tolist()), tuple(end.tolist()))
+
+
+def _nominal(mode: str, scale: float | None) -> Table:
+    """The window at conversion, which says what a receptive field hangs on: bounds for every phase of the scale."""
+    if scale is None:
+        return Table(0, (), ())
+    # Output row a lies at a * stride + offset. Fractional parts of that are multiples of 1 / phases, plus a shift.
+    stride = 1 / Fraction(str(scale))
+    offset = {"nearest": Fraction(0), "nearest-exact": stride / 2}.get(mode, (stride - 1) / 2)
+    phases = stride.denominator
+    shift, spread = offset % Fraction(1, phases), Fraction(phases - 1, phases)
+    before = shift + spread - offset + (_TAPS[mode] - 1) // 2
+    return Table(0, (), (), stride, _TAPS[mode] + spread, before)
+
+
+def _resampled(block: torch.Tensor, axis: _Axis, dim: int, span: Span) -> torch.Tensor:
+    """Rows `[span.start, span.stop)` along one dimension, of which the block holds the input rows."""
+    wanted = slice(span.start, span.stop)
+    if _TAPS[axis.mode] == 1:
+        return block.index_select(dim, _nearest(axis, _Like.of(block))[0, wanted] - span.lo)
+    rows, weights = (part[:, wanted].to(block.device) for part in _weighted(axis, block.dtype))
+    shaped = weights.view(*weights.shape, *(1,) * (block.dim() - dim - 1))
+    parts = [block.index_select(dim, row - span.lo) * weight for row, weight in zip(rows, shaped, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def _natively(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    factors = [axis.factor or 1 for axis in axes]
+    corners = {"align_corners": False} if _TAPS[axes[0].mode] > 1 else {}
+    result = F.interpolate(block, scale_factor=[float(f) for f in factors], mode=axes[0].mode, **corners)
+    for dim, (factor, span) in enumerate(zip(factors, spans, strict=True), start=2):
+        result = result.narrow(dim, span.start - factor * span.lo, span.stop - span.start)
+    return result
+
+
+def _gathered(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    dtype = _dtype_of_result(block, axes[0].mode)
+    if _TAPS[axes[0].mode] > 1:
+        if not block.is_floating_point():
+            raise InputError(f"interpolation in mode '{axes[0].mode}' streams floating-point values, not {block.dtype}")
+        if block.dtype.itemsize < 4:  # torch, too, adds these up in float32
+            block = block.float()
+    for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
+        block = _resampled(block, axis, dim, span)
+    return block.to(dtype)
+
+
+def _dtype_of_result(block: torch.Tensor, mode: str) -> torch.dtype:
+    """What autocast makes of it."""
+    if not torch.is_autocast_enabled(block.device.type):
+        return block.dtype
+    return F.interpolate(block.new_zeros((1,) * block.dim()), size=(1,) * (block.dim() - 2), mode=mode).dtype
+
+
+@register(F.interpolate)
+def interpolate(
+    input: Value,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Answer:
+    axes = input.rank - 2
+    sizes, scales = _per_axis(size, axes), _per_axis(scale_factor, axes)
+    if problem := _problem(input, sizes, scales, mode, align_corners):
         return problem
-    factor, channels = upscale_factor, input.dims[1].known
-    if channels is not None and channels % factor**2:
-        return NotLocal(f"needs a multiple of {factor**2} channels and gets {channels}")
-    windows = {dim: Transposed(factor, factor) for dim in (2, 3)}
-
-    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        return fit(F.pixel_shuffle(block, factor), spans)
-
-    dims = input.slid(windows)
-    count = Symbol() if channels is None else channels // factor**2
-    return Local((input,), (dims[0], Dim(None, count), *dims[2:]), run, windows)
-
-
-@register(nn.PixelShuffle, spatial=2)
-def pixel_shuffle_module(m: Any, input: Value) -> Answer:
-    return pixel_shuffle(input, m.upscale_factor)
-
-
-@register(F.pixel_unshuffle, torch.pixel_unshuffle, spatial=2)
-def pixel_unshuffle(input: Value, downscale_factor: int) -> Answer:
-    if problem := image_problem(input, 2, "gathers pixels into its channels"):
-        return problem
-    factor = downscale_factor
-    if any(dim.known is not None and dim.known % factor for dim in input.dims[2:]):
-        return NotLocal(f"needs an image whose height and width are multiples of {factor}")
-    windows = {dim: Sliding(kernel=factor, stride=factor) for dim in (2, 3)}
-
-    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        return F.pixel_unshuffle(fit(block, spans), factor)
-
-    dims = input.slid(windows)
-    channels = input.dims[1].known
-    count = Symbol() if channels is None else channels * factor**2
-    return Local((input,), (dims[0], Dim(None, count), *dims[2:]), run, windows)
+    lengths = [input.size(dim) for dim in range(2, input.rank)]
+    targets = [_target(*given) for given in zip(lengths, sizes, scales, strict=True)]
+    dims = (*input.dims[:2], *map(_resized, input.dims[2:], targets))
+    if not input.tags(range(2, input.rank)):
+        native = partial(F.interpolate, size=size, scale_factor=scale_factor, mode=mode, align_corners=align_corners)
+        options = {"recompute_scale_factor": recompute_scale_factor, "antialias": antialias}
+        return Local((input,), dims, partial(native, **options))
+    if antialias or mode not in _TAPS:
+        return NotLocal(f"resamples with {'antialias=True' if antialias else f'mode={mode!r}'}", _WAY_OUT)
+    corners = bool(align_corners)
+    if any(isinstance(number, Symbol) for number in (*lengths, *targets)):
+        regular = [_constant_rate(scale, corners, recompute_scale_factor) for scale in scales]
+        windows: dict[int, Window] = {dim: _nominal(mode, scale) for dim, scale in enumerate(regular, start=2)}
+        return Local((input,), dims, lambda block: block, windows)
+    scales = (None,) * axes if recompute_scale_factor else scales
+    plan = [
+        _Axis(mode, length, target, scale, corners)
+        for length, target, scale in zip(map(_integer, lengths), map(_integer, targets), scales, strict=True)
+    ]
+    run = _natively if all(axis.factor for axis in plan) else _gathered
+    windows = {dim: _window(axis) for dim, axis in enumerate(plan, start=2)}
+    return Local((input,), dims, lambda block, *spans: run(block, plan, spans), windows)
 
 
-@register(nn.PixelUnshuffle, spatial=2)
-def pixel_unshuffle_module(m: Any, input: Value) -> Answer:
-    return pixel_unshuffle(input, m.downscale_factor)
+def _per_axis(given: Any, axes: int) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, (tuple, list)) else (given,) * axes
 
 
-@register(F.channel_shuffle, torch.channel_shuffle)
-def channel_shuffle(input: Value, groups: int) -> Answer:
-    if tags := input.tags([1]):
-        return NotLocal(f"has its channels along the streamed axis {tags[0]}")
-    return Local((input,), input.dims, lambda block: F.channel_shuffle(block, groups))
+def _problem(
+    x: Value, sizes: tuple[Any, ...], scales: tuple[Any, ...], mode: str, align_corners: bool | None
+) -> NotLocal | None:
+    if any(isinstance(given, Unknown) for given in (*sizes, *scales)):
+        return NotLocal("resamples to a size that is not known before the call")
+    if any(isinstance(given, (Value, torch.Tensor)) for given in (*sizes, *scales)):
+        return NotLocal("resamples to a size that is a tensor", "give it integers")
+    numbers = len(sizes) == len(scales) == x.rank - 2 > 0 and all(
+        (size is None) != (scale is None) for size, scale in zip(sizes, scales, strict=True)
+    )
+    corners = align_corners is None or _TAPS.get(mode, 1) > 1
+    if not numbers or not corners or x.rank not in _RANKS.get(mode, (x.rank,)):
+        return NotLocal(f"resamples {x.rank} dimensions in mode '{mode}' with arguments that torch refuses")
+    return None
 
 
-@register(nn.ChannelShuffle)
-def channel_shuffle_module(m: Any, input: Value) -> Answer:
-    return channel_shuffle(input, m.groups)
+def _target(length: Size, size: Any, scale: Any) -> Size:
+    """Rows of the result. Raises ValueError where there would be none."""
+    if size is None:
+        size = Symbol() if isinstance(scale, Symbol) or isinstance(length, Symbol) else math.floor(length * scale)
+    if isinstance(size, int) and size < 1:
+        raise ValueError(f"{length} rows resampled to {size}")
+    return size  # type: ignore[no-any-return]  # an integer or a symbol, as the user gave it
+
+
+def _integer(size: Size) -> int:
+    assert isinstance(size, int), "sizes are known at a call"
+    return int(size)
+
+
+def _resized(dim: Dim, size: Size) -> Dim:
+    """A dimension of that size, of which it is not forgotten that another value has it, too."""
+    if isinstance(size, SymbolicExtent):
+        size = size.symbol
+    return Dim(dim.tag, int(size) if isinstance(size, Extent) else size)
+
+
+def _constant_rate(scale: Any, align_corners: bool, recompute: bool | None) -> float | None:
+    """The scale factor, if the output advances by it whatever the size of the image."""
+    if scale is None or isinstance(scale, Symbol) or align_corners:
+        return None
+    return None if recompute and not float(scale).is_integer() else scale
+
+
+@register(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+def upsample(m: Any, input: Value) -> Answer:
+    return interpolate(input, m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)
