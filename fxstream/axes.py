@@ -8,6 +8,7 @@ whether they are the extent of a streamed axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -193,23 +194,23 @@ def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
     """Dimensions that are not streamed, reshaped to `sizes`; None unless the numbers of elements can agree."""
     if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
         return None
-    rest: list[Size] = [dim.size for dim in dims]
-    others: list[Size] = []
-    for size in sizes:
-        if isinstance(size, Symbol) and size in rest:
-            rest.remove(size)
-        elif size != -1:
-            others.append(size)
-    before, after = product(rest), product(others)
-    known = isinstance(before, int) and isinstance(after, int)
+    old, new = [dim.size for dim in dims], [size for size in sizes if size != -1]
+    unknown = [size for size in old if isinstance(size, Symbol)]
+    wanted = [size for size in new if isinstance(size, Symbol)]
+    for symbol in list(wanted):
+        if symbol in unknown:
+            unknown.remove(symbol)
+            wanted.remove(symbol)
+    before = math.prod(size for size in old if isinstance(size, int))
+    after = math.prod(size for size in new if isinstance(size, int))
     missing: Size = Symbol()
-    if -1 in sizes:
-        if isinstance(before, int) and isinstance(after, int):
-            if after == 0 or before % after:
-                return None
+    if not unknown and not wanted:
+        if -1 in sizes and after and before % after == 0:
             missing = before // after
-        elif len(rest) == 1 and not others:
-            missing = rest[0]
-    elif before != after if known else isinstance(after, int):
+        elif before != after:
+            return None
+    elif -1 in sizes:
+        missing = unknown[0] if len(unknown) == 1 and not wanted and before == after else missing
+    elif not wanted and (not before or after % before or after == before):
         return None  # what is not known cannot vanish
     return [Dim(None, missing if size == -1 else size) for size in sizes]

@@ -122,5 +122,6 @@ def prepare(
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    tensors = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    """Parameters and buffers by their path in the module, those of submodules included."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,14 +25,29 @@ _ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator
 
 
 class Borrowed:
-    """A module some of whose attributes are replaced: parameters by aliases of them, a flag by a frozen one."""
+    """A module some of whose attributes are replaced: tensors by aliases of them, a flag by a frozen one.
+
+    `attributes` are by their path in the module; submodules are borrowed with their part of them.
+    """
 
     def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
         self._module = module
         self._attributes = attributes
 
     def __getattr__(self, name: str) -> Any:
-        return self._attributes[name] if name in self._attributes else getattr(self._module, name)
+        if name in self._attributes:
+            return self._attributes[name]
+        own = getattr(self._module, name)
+        if not isinstance(own, nn.Module):
+            return own
+        start = f"{name}."
+        inner = {path.removeprefix(start): value for path, value in self._attributes.items() if path.startswith(start)}
+        return Borrowed(own, inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module itself, with the tensors that stand in for its own."""
+        tensors = {path: value for path, value in self._attributes.items() if isinstance(value, torch.Tensor)}
+        return torch.func.functional_call(self._module, tensors, args, kwargs)
 
 
 def label(node: fx.Node) -> str:
@@ -67,7 +83,7 @@ def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
     if module is not None:
-        own = not type(module).__module__.startswith("torch.nn.")
+        own = rule_for(type(module)) is None and not type(module).__module__.startswith("torch.nn.")
         return own or any(getattr(part, "inplace", False) for part in module.modules())
     if node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
         return True
@@ -120,7 +136,14 @@ def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], foun
         return NotLocal(
             f"uses a size of the image in {operation(node, None)}", "use the size of a value that is not streamed"
         )
-    if any(isinstance(leaf, (Symbol, Unknown)) for leaf in found):
+    of_shapes = any(isinstance(arg, tuple) for arg in args) and node.target in (
+        operator.add,
+        operator.mul,
+        tuple,
+        list,
+        len,
+    )
+    if not of_shapes and any(isinstance(leaf, (Symbol, Unknown)) for leaf in found):
         return Fact(Symbol())
     assert callable(node.target)
     return Fact(node.target(*args, **kwargs))
@@ -139,17 +162,20 @@ def leaves(nested: Any) -> list[Any]:
 
 def locals_of(found: Answer) -> tuple[Local, ...]:
     """The operations in an answer."""
-    if isinstance(found, Local):
-        return (found,)
-    return found if isinstance(found, tuple) else ()
+    parts = found if isinstance(found, tuple) else (found,)
+    return tuple(part for part in parts if isinstance(part, Local))
 
 
 def define(found: Answer, index: int) -> Any:
     """The value of a node: for each operation in the answer a Value, numbered from `index`; for a fact what it says."""
-    if isinstance(found, Fact):
-        return found.value
-    values = tuple(Value(local.dims, index + number) for number, local in enumerate(locals_of(found)))
-    return values[0] if isinstance(found, Local) else values
+    numbers = count(index)
+    parts = found if isinstance(found, tuple) else (found,)
+    values = tuple(
+        Value(part.dims, next(numbers)) if isinstance(part, Local) else part.value
+        for part in parts
+        if not isinstance(part, NotLocal)
+    )
+    return values if isinstance(found, tuple) else values[0]
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,10 @@ class Scan:
         blocks: dict[int, torch.Tensor] = {}
         kept: dict[Key, torch.Tensor] = {}
         for value, step in enumerate(self.steps, start=1):
-            block = self._run(value, step, tile, waiting, source) if self.grid.runs(value, tile) else None
+            # Of several results of an operation, not all may be of use.
+            used = bool(self.readers[value]) or value in self.outputs
+            runs = used and self.grid.runs(value, tile)
+            block = self._run(value, step, tile, waiting, source) if runs else None
             if block is not None and value in self.outputs:
                 blocks[value] = block
             place = self._place(value, tile)

@@ -1,20 +1,23 @@
 """The built-in rules, one module a family; importing this package registers them."""
 
-from . import channels, conv, dropout, index, norm, pad, pointwise, pool, resample, shape, shuffle, whole
+from . import (
+    attention,
+    channels,
+    conv,
+    dropout,
+    index,
+    norm,
+    pad,
+    pointwise,
+    pool,
+    products,
+    resample,
+    shape,
+    shuffle,
+    whole,
+)
 from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, register, rule_for
 
 __all__ = ["Answer", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Unknown", "register", "rule_for"]
-__all__ += [
-    "channels",
-    "conv",
-    "dropout",
-    "index",
-    "norm",
-    "pad",
-    "pointwise",
-    "pool",
-    "resample",
-    "shape",
-    "shuffle",
-    "whole",
-]
+__all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
+__all__ += ["resample", "shape", "shuffle", "whole"]

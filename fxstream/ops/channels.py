@@ -38,21 +38,6 @@ def _combined(
     return _unknown(*parameters) or _spanning(x, dims, what) or Local((x,), x.dims, run)
 
 
-@register(F.linear)
-def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
-    if problem := _unknown(weight, bias) or _spanning(input, [-1], "mixes all positions"):
-        return problem
-    if weight.dim() != 2:
-        return NotLocal("has a weight that is not a matrix")
-    dims = input.resized({input.rank - 1: weight.shape[0]})
-    return Local((input,), dims, lambda block: F.linear(block, weight, bias))
-
-
-@register(nn.Linear)
-def linear_module(m: Any, input: Value) -> Answer:
-    return linear(input, m.weight, m.bias)
-
-
 @register(F.layer_norm)
 def layer_norm(
     input: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5

@@ -86,7 +86,10 @@ class NotLocal:
     """The error to raise if this is found out only at a call."""
 
 
-Answer = Local | tuple[Local, ...] | Fact | NotLocal
+Answer = Local | tuple[Local | Fact, ...] | Fact | NotLocal
+
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+"""What torch, too, calls some arguments."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Rule:
     signature: inspect.Signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Answer:
+        own = self.signature.parameters
+        kwargs = {name if name in own else _NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
