@@ -215,11 +215,8 @@ def lower(
     operation is not local any more.
     """
     first, *others = (node for node in graph.nodes if node.op == "placeholder")
-    entering = dict(zip(others, inputs, strict=True))
-    values: dict[fx.Node, Any] = {first: image, **entering}
-    trained = {node: any(map(requires_grad, leaves(value))) for node, value in entering.items()} | {
-        first: differentiable
-    }
+    values: dict[fx.Node, Any] = {first: image, **dict(zip(others, inputs, strict=True))}
+    trained = [differentiable]
     steps: list[Step] = []
     for node in graph.nodes:
         if not node.op.startswith("call"):
@@ -230,9 +227,11 @@ def lower(
         if isinstance(found, NotLocal):
             raise (found.error or NotLocalError)(complaint(node, found))
         values[node] = define(found, len(steps) + 1)
-        used = any(trained[source] for source in node.all_input_nodes) or any(map(requires_grad, own.values()))
-        trained[node] = used and all(local.differentiable for local in locals_of(found))
-        steps += [Step(node, local, tuple(_spans(local, axes)), trained[node]) for local in locals_of(found)]
+        read = [*own.values(), *(leaf for source in node.all_input_nodes for leaf in leaves(values[source]))]
+        used = any(trained[leaf.index] if isinstance(leaf, Value) else requires_grad(leaf) for leaf in read)
+        for local in locals_of(found):
+            trained.append(used and local.differentiable)
+            steps.append(Step(node, local, tuple(_spans(local, axes)), trained[-1]))
     return Lowered(steps, tuple(values[node] for node in returned(graph)))
 
 

@@ -11,13 +11,15 @@ from . import (
     pointwise,
     pool,
     products,
+    reduce,
     resample,
     shape,
     shuffle,
+    unfold,
     whole,
 )
 from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, register, rule_for
 
 __all__ = ["Answer", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Unknown", "register", "rule_for"]
 __all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
-__all__ += ["resample", "shape", "shuffle", "whole"]
+__all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]

@@ -1,7 +1,7 @@
 """Operations that combine all positions of some dimensions: local along every other one.
 
-Linear layers, normalisation and softmax over channels, reductions. They stream wherever the dimensions that they
-combine are not streamed: a LayerNorm over the channels of an image, a mean over the positions of each image of a batch.
+Normalisation and softmax over channels. They stream wherever the dimensions that they combine are not streamed: a
+LayerNorm over the channels of an image, a group norm of each image of a batch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value
+from ..axes import Symbol, Value
 from .registry import Answer, Local, NotLocal, Unknown, register
 
 
-def _spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
+def spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
     """Why an operation that combines the positions of `dims` is not local; None if it is."""
     if tags := x.tags(dims):
         return NotLocal(f"{what} along the streamed {' and '.join(tags)}")
@@ -35,7 +35,7 @@ def _combined(
     x: Value, dims: Iterable[int], what: str, run: Callable[[torch.Tensor], torch.Tensor], *parameters: Any
 ) -> Answer:
     """An operation that keeps the shape and combines the positions of `dims`."""
-    return _unknown(*parameters) or _spanning(x, dims, what) or Local((x,), x.dims, run)
+    return _unknown(*parameters) or spanning(x, dims, what) or Local((x,), x.dims, run)
 
 
 @register(F.layer_norm)
@@ -119,7 +119,7 @@ def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, ou
 
 @register(F.glu)
 def glu(input: Value, dim: int = -1) -> Answer:
-    if problem := _spanning(input, [dim], "gates one half with the other"):
+    if problem := spanning(input, [dim], "gates one half with the other"):
         return problem
     size = input.dims[input.dim(dim)].known
     dims = input.resized({input.dim(dim): Symbol() if size is None else size // 2})
@@ -129,53 +129,3 @@ def glu(input: Value, dim: int = -1) -> Answer:
 @register(nn.GLU)
 def glu_module(m: Any, input: Value) -> Answer:
     return glu(input, m.dim)
-
-
-def _reduced(input: Value, dim: Any, keepdim: bool, name: str, run: Callable[..., torch.Tensor]) -> Answer:
-    """A reduction over some dimensions; None and () mean all of them."""
-    given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
-    if not isinstance(keepdim, bool) or any(type(index) is not int for index in given):
-        return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
-    reduced = sorted({input.dim(index) for index in given or range(input.rank)})
-    if problem := _spanning(input, reduced, f"takes the {name}"):
-        return problem
-    dims = [
-        Dim(None, 1) if index in reduced else old
-        for index, old in enumerate(input.dims)
-        if keepdim or index not in reduced
-    ]
-    return Local((input,), tuple(dims), lambda block: run(block, tuple(reduced), keepdim=keepdim))
-
-
-def _register_reduction(name: str, takes_dtype: bool = False) -> None:
-    function = getattr(torch, name)
-
-    @register(function, name)
-    def rule(input: Value, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Answer:
-        if dtype is not None and not takes_dtype:
-            return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
-        options = {"dtype": dtype} if takes_dtype else {}
-        return _reduced(input, dim, keepdim, name, partial(function, **options))
-
-
-for _name in ("amax", "amin", "logsumexp"):
-    _register_reduction(_name)
-for _name in ("mean", "sum"):
-    _register_reduction(_name, takes_dtype=True)
-
-
-def _register_spread(name: str) -> None:
-    function = getattr(torch, name)
-
-    @register(function, name)
-    def rule(
-        input: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Any = None
-    ) -> Answer:
-        if isinstance(dim, bool):  # torch's other form: (input, unbiased)
-            dim, unbiased = None, dim
-        correction = int(unbiased) if correction is None else correction
-        return _reduced(input, dim, keepdim, name, partial(function, correction=correction))
-
-
-_register_spread("std")
-_register_spread("var")

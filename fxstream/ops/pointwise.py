@@ -108,6 +108,20 @@ def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwar
     return replace(local, aliases=input) if isinstance(local, Local) else local
 
 
+def converted(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwargs: Any) -> Local | NotLocal:
+    """Another type or device, given as such or as that of another tensor."""
+    given = args[0] if args else kwargs.get("other")
+    if not isinstance(given, (Value, torch.Tensor, Unknown)):
+        return cast(function, input, *args, **kwargs)
+    if isinstance(given, Unknown):
+        return NotLocal("takes the type of a tensor that is not known before the call", "name the type")
+    if isinstance(given, torch.Tensor):
+        return cast(torch.Tensor.to, input, given.device, given.dtype)
+    if [dim.size for dim in given.dims] != [dim.size for dim in input.dims]:
+        return NotLocal("takes the type of a value of another size", "name the type")
+    return cast(function, input, given)
+
+
 def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
     """Its result requires no gradient, whatever its arguments do."""
     local = pointwise(function, *args, **kwargs)
@@ -116,7 +130,9 @@ def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs
     return replace(local, differentiable=False, aliases=args[0] if isinstance(args[0], Value) else None)
 
 
-for _name in "bfloat16 contiguous double float half positive type_as".split():
+for _name in "to type_as".split():
+    register(_name)(partial(converted, getattr(torch.Tensor, _name)))
+for _name in "bfloat16 contiguous cpu cuda double float half positive type".split():
     register(_name)(partial(cast, getattr(torch.Tensor, _name)))
 register(torch.positive)(partial(cast, torch.positive))
 register(operator.pos)(partial(cast, operator.pos))

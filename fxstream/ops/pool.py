@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,6 +107,48 @@ def _counts(window: Sliding, span: Span, margin: int) -> tuple[int, ...]:
     return tuple(min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts)
 
 
+def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ceil_mode: bool) -> Local | NotLocal:
+    """The p-norm of each window (torch.nn.LPPool2d): a root of the mean of powers, times the size of a whole window."""
+    if not isinstance(norm, (int, float)) or norm == 0:
+        return NotLocal("takes a norm of an order that is not known before the call, or 0")
+    if math.isinf(norm):
+        maximum = max_pooling(axes, x, kernel, stride, 0, 1, ceil_mode, False)
+        sign = math.copysign(1, norm)
+        return _wrapped(maximum, lambda block: sign * block.abs(), lambda pooled: sign * pooled)
+    count = math.prod(per_axis(kernel, axes))
+    mean = average_pooling(axes, x, kernel, stride, 0, ceil_mode, True, None)
+    return _wrapped(mean, lambda block: block.pow(norm), lambda pooled: _root(pooled, count, norm))
+
+
+def _root(mean: torch.Tensor, count: int, norm: float) -> torch.Tensor:
+    """As torch computes it, since its derivative is 0 where the mean is."""
+    return (mean.sign() * F.relu(mean.abs())).mul(count).pow(1 / norm)
+
+
+def _wrapped(
+    local: Local | NotLocal,
+    before: Callable[[torch.Tensor], torch.Tensor],
+    after: Callable[[torch.Tensor], torch.Tensor],
+) -> Local | NotLocal:
+    """An operation between two element-wise ones."""
+    if isinstance(local, NotLocal):
+        return local
+    inner = local.run
+    return replace(local, run=lambda block, *spans: after(inner(before(block), *spans)))
+
+
+def _register_power_pooling(axes: int) -> None:
+    @register(getattr(F, f"lp_pool{axes}d"), spatial=axes)
+    def function_rule(
+        input: Value, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
+    ) -> Local | NotLocal:
+        return power_pooling(axes, input, norm_type, kernel_size, stride, ceil_mode)
+
+    @register(getattr(nn, f"LPPool{axes}d"), spatial=axes)
+    def module_rule(m: Any, input: Value) -> Local | NotLocal:
+        return power_pooling(axes, input, m.norm_type, m.kernel_size, m.stride, m.ceil_mode)
+
+
 def _register_pooling(
     axes: int, max_type: type[nn.Module], avg_type: type[nn.Module], maxes: Any, averages: Any
 ) -> None:
@@ -149,3 +193,5 @@ def _register_pooling(
 _register_pooling(1, nn.MaxPool1d, nn.AvgPool1d, (F.max_pool1d, torch.max_pool1d), (F.avg_pool1d,))
 _register_pooling(2, nn.MaxPool2d, nn.AvgPool2d, (F.max_pool2d, torch.max_pool2d), (F.avg_pool2d,))
 _register_pooling(3, nn.MaxPool3d, nn.AvgPool3d, (F.max_pool3d, torch.max_pool3d), (F.avg_pool3d,))
+for _axes in (1, 2, 3):
+    _register_power_pooling(_axes)

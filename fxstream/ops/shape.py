@@ -32,7 +32,10 @@ def rank(input: Value) -> Answer:
 
 
 @register(getattr)
-def attribute(input: Value, name: str) -> Answer:
+def attribute(input: Any, name: str) -> Answer:
+    if isinstance(input, tuple):  # of an operation with several results
+        results = {"values": 0, "indices": 1}
+        return Fact(input[results[name]]) if name in results else NotLocal(f"reads the attribute {name} of results")
     if name == "shape":
         return size(input)
     if name == "ndim":

@@ -1,0 +1,129 @@
+"""Reductions: local along every dimension that they keep, so over the channels, or within each image of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..axes import Dim, Value
+from .channels import spanning
+from .pointwise import pointwise
+from .registry import Answer, Local, NotLocal, Unknown, register
+
+
+def _reduced(input: Value, dim: Any, keepdim: Any, name: str, run: Callable[..., Any], single: bool = False) -> Answer:
+    """A reduction over some dimensions; None and () mean all of them.
+
+    `run(block, dim, keepdim=...)` gets a tuple of dimensions, or one with `single`.
+    """
+    given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
+    if not isinstance(keepdim, bool) or any(type(index) is not int for index in given):
+        return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
+    reduced = sorted({input.dim(index) for index in given or range(input.rank)})
+    if problem := spanning(input, reduced, f"takes the {name}"):
+        return problem
+    dims = [
+        Dim(None, 1) if index in reduced else old
+        for index, old in enumerate(input.dims)
+        if keepdim or index not in reduced
+    ]
+    over = reduced[0] if single else tuple(reduced)
+    return Local((input,), tuple(dims), lambda block: run(block, over, keepdim=keepdim))
+
+
+def _register_reduction(name: str, single: bool = False, takes_dtype: bool = False) -> None:
+    function = getattr(torch, name)
+
+    @register(function, name)
+    def rule(input: Value, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Answer:
+        if dtype is not None and not takes_dtype:
+            return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
+        options = {"dtype": dtype} if takes_dtype else {}
+        return _reduced(input, dim, keepdim, name, partial(function, **options), single)
+
+
+for _name in ("amax", "amin", "logsumexp"):
+    _register_reduction(_name)
+for _name in ("mean", "sum"):
+    _register_reduction(_name, takes_dtype=True)
+_register_reduction("prod", single=True, takes_dtype=True)
+
+
+def _register_spread(name: str) -> None:
+    function = getattr(torch, name)
+
+    @register(function, name)
+    def rule(
+        input: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Any = None
+    ) -> Answer:
+        if isinstance(dim, bool):  # torch's other form: (input, unbiased)
+            dim, unbiased = None, dim
+        correction = int(unbiased) if correction is None else correction
+        return _reduced(input, dim, keepdim, name, partial(function, correction=correction))
+
+
+_register_spread("std")
+_register_spread("var")
+
+
+def _of_block(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    return lambda block, dim, keepdim: function(block, dim=dim, keepdim=keepdim, **options)
+
+
+@register(torch.norm, torch.functional.norm, "norm")
+def norm(
+    input: Value, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> Answer:
+    if out is not None:
+        return NotLocal("writes into a tensor given as `out`", "use its result instead")
+    return _reduced(input, dim, keepdim, "norm", _of_block(torch.norm, p=p, dtype=dtype))
+
+
+@register(torch.linalg.vector_norm)
+def vector_norm(x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Answer:
+    return _reduced(x, dim, keepdim, "norm", _of_block(torch.linalg.vector_norm, ord=ord, dtype=dtype))
+
+
+def _register_extreme(name: str) -> None:
+    """`max` and `min`, along one dimension (with indices) or of two operands, and `argmax` and `argmin`."""
+    function, pairwise, position = (getattr(torch, form.format(name)) for form in ("{}", "{}imum", "arg{}"))
+
+    @register(position, f"arg{name}")
+    def place(input: Value, dim: Any = None, keepdim: bool = False) -> Answer:
+        local = _reduced(input, dim, keepdim, name, position, single=True)
+        return replace(local, differentiable=False) if isinstance(local, Local) else local
+
+    @register(function, name)
+    def rule(input: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Answer:
+        other = dim if isinstance(dim, (Value, torch.Tensor, Unknown)) else other
+        if other is not None:
+            return pointwise(pairwise, input, other)
+        # The gradient of `max` goes to the position that it returns, that of `amax` is shared.
+        values = _reduced(
+            input, dim, keepdim, name, lambda *args, **options: function(*args, **options)[0], single=True
+        )
+        places = place(input, dim, keepdim)
+        if isinstance(values, Local) and isinstance(places, Local):
+            return values, places
+        return values
+
+
+_register_extreme("max")
+_register_extreme("min")
+
+
+def _register_test(name: str) -> None:
+    function = getattr(torch, name)
+
+    @register(function, name)
+    def rule(input: Value, dim: Any = None, keepdim: bool = False) -> Answer:
+        local = _reduced(input, dim, keepdim, name, function, single=not isinstance(dim, (tuple, list)))
+        return replace(local, differentiable=False) if isinstance(local, Local) else local
+
+
+_register_test("all")
+_register_test("any")
