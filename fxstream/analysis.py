@@ -311,7 +311,11 @@ class _Constants:
 
     def add(self, node: fx.Node) -> None:
         self._known[node] = Unknown(node.name)
-        if node.op == "placeholder" or any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):
+        if node.op == "placeholder":
+            # An optional argument is planned for as if it were not given; at a call, the rules see what is.
+            self._known[node] = node.args[0] if node.args else self._known[node]
+            return
+        if any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):
             return
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):

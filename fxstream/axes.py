@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from .window import IDENTITY, Window
 
@@ -22,7 +23,23 @@ def axis_names(spatial: int) -> tuple[str, ...]:
     return ("N", "C", *SPATIAL_NAMES[spatial])
 
 
-class Symbol:
+class NotKnownError(Exception):
+    """A rule computed with what is known only at a call."""
+
+
+class Deferred:
+    """What is known only at a call: whoever computes with it before raises NotKnownError."""
+
+    def _refuse(self, *args: object) -> NoReturn:
+        raise NotKnownError
+
+    __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __neg__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
+
+
+class Symbol(Deferred):
     """A number that is known only at a call; each one equals itself alone."""
 
 

@@ -89,7 +89,8 @@ def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
         return True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__")
-    return by_name or node.target in _ASSIGNING or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    by_argument = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return by_name or by_argument or node.target in _ASSIGNING
 
 
 def answer(
@@ -110,7 +111,7 @@ def answer(
         return Fact(args[0][args[1]])
     rule = rule_of(node, module)
     found = leaves((args, kwargs))
-    expands = rule is not None and rule.takes_sizes and any(isinstance(leaf, torch.Tensor) for leaf in found)
+    expands = rule is not None and rule.takes_sizes and any(isinstance(leaf, (torch.Tensor, Unknown)) for leaf in found)
     if not expands and not any(isinstance(leaf, Value) for leaf in found):
         return _of_sizes(node, args, kwargs, found)
     if rule is None:

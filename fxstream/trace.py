@@ -24,7 +24,7 @@ from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import TraceError
-from .ops import rule_for
+from .ops import functions, rule_for
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -88,7 +88,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, opaque: dict[str, str]):
-        super().__init__()
+        super().__init__(autowrap_functions=functions())
         self.opaque = opaque
         self.guards: dict[str, bool] = {}
         self.entered: list[str] = []

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten
 
 import fxstream
 from fxstream.stream import Streamed
-
-
-def relative_error(got: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    """Relative L2 distance; 0 if both are zero everywhere. Fails where shapes or types differ, or only one is None."""
-    if got is None or expected is None:
-        assert got is None, "there is a tensor, and none is expected"
-        assert expected is None, "there is no tensor, and one is expected"
-        return 0.0
-    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    assert got.dtype == expected.dtype, f"{got.dtype}, expected {expected.dtype}"
-    got, expected = got.detach(), expected.detach()
-    if not expected.is_floating_point():
-        got, expected = got.double(), expected.double()
-    assert torch.equal(got.isfinite(), expected.isfinite()), "one is finite where the other is not"
-    finite = expected.isfinite()
-    assert torch.equal(got[~finite].nan_to_num(), expected[~finite].nan_to_num()), "another infinity"
-    distance, scale = (got - expected)[finite].norm().item(), expected[finite].norm().item()
-    return distance / scale if scale else float(distance > 0)
+from fxstream.testing import compare, head
 
 
 def assert_exact(
@@ -67,7 +48,7 @@ def assert_exact(
         handed = handed_over(converted)
         assert handed == ([last] if isinstance(last, str) else list(last)), f"the head gets {handed}"
     else:
-        left = not_streamed(converted)
+        left = head(converted)
         assert not left, f"not streamed: {left}"
     if convert_kwargs.get("freeze_batchnorm"):
         freeze_batchnorms(plain, converted)
@@ -75,79 +56,9 @@ def assert_exact(
     return converted
 
 
-def compare(model: nn.Module, converted: nn.Module, image: torch.Tensor, tolerance: float = 1e-10) -> None:
-    """Run both on the same image, with the same gradients of the outputs."""
-    image = image.detach().double()
-    expected, structure, expected_gradients, upstream = run(model, image)
-    got, got_structure, got_gradients, _ = run(converted, image, upstream)
-    assert got_structure == structure
-    for index, (one, other) in enumerate(zip(got, expected, strict=True)):
-        if not isinstance(other, torch.Tensor):
-            assert one == other, f"output {index}"
-            continue
-        assert one.requires_grad == other.requires_grad, f"output {index}: requires_grad={one.requires_grad}"
-        _assert_close(one, other, f"output {index}", tolerance)
-    assert got_gradients.keys() == expected_gradients.keys()
-    for name, gradient in expected_gradients.items():
-        _assert_close(got_gradients[name], gradient, f"gradient of {name}", tolerance)
-    buffers = dict(converted.named_buffers())
-    for name, buffer in model.named_buffers():
-        _assert_close(buffers[name], buffer, f"buffer {name}", tolerance)
-
-
-def _assert_close(got: torch.Tensor | None, expected: torch.Tensor | None, what: str, tolerance: float) -> None:
-    try:
-        error = relative_error(got, expected)
-    except AssertionError as failure:
-        raise AssertionError(f"{what}: {failure}") from None
-    assert error <= tolerance, f"{what}: relative error {error:.2e}"
-
-
-def run(
-    model: nn.Module, image: torch.Tensor, upstream: Sequence[torch.Tensor] | None = None
-) -> tuple[list[Any], Any, dict[str, torch.Tensor | None], list[torch.Tensor]]:
-    """Outputs, their structure, the gradients of the image and of the parameters, and those given for the outputs."""
-    image = image.detach().clone().requires_grad_()
-    leaves, structure = tree_flatten(model(image))
-    # Taken before the backward pass: nothing may change them afterwards.
-    outputs = [
-        leaf.detach().clone().requires_grad_(leaf.requires_grad) if _is_tensor(leaf) else leaf for leaf in leaves
-    ]
-    roots = [leaf for leaf in leaves if _is_tensor(leaf) and leaf.requires_grad]
-    if upstream is None:
-        upstream = [torch.randn_like(root) for root in roots]
-    assert len(upstream) == len(roots), f"{len(roots)} outputs require a gradient, expected {len(upstream)}"
-    named = {"the image": image, **{n: p for n, p in model.named_parameters() if p.requires_grad}}
-    if not roots:
-        return outputs, structure, dict.fromkeys(named), []
-    found = torch.autograd.grad(roots, list(named.values()), list(upstream), allow_unused=True)
-    return outputs, structure, dict(zip(named, found, strict=True)), list(upstream)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
 def handed_over(converted: fx.GraphModule) -> list[str]:
     """The names of the nodes whose values the streamed part hands to the head."""
     return [node.name for node in _output(converted, _call(converted)).all_input_nodes]
-
-
-def not_streamed(converted: fx.GraphModule) -> list[str]:
-    """The names of the nodes that depend on the image and are neither the streamed call, nor unpack it, nor return."""
-    call = _call(converted)
-    image = call.all_input_nodes[0]
-    several = isinstance(_output(converted, call).args[0], tuple)
-    streamed = {image, call, *(user for user in call.users if several and user.target is operator.getitem)}
-    depending = {image}
-    for node in converted.graph.nodes:
-        if depending.intersection(node.all_input_nodes):
-            depending.add(node)
-    return [
-        node.name
-        for node in converted.graph.nodes
-        if node in depending and node not in streamed and node.op != "output"
-    ]
 
 
 def _call(converted: fx.GraphModule) -> fx.Node:

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import assert_exact, compare, handed_over, randomise
+from reference import assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
 from fxstream.axes import Dim, Extent, Symbol, Value, reshaped
+from fxstream.testing import compare
 
 BATCH = (2, None, None, None)
 

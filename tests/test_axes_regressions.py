@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import compare, randomise
+from reference import randomise
 from torch import nn
 
 import fxstream
+from fxstream.testing import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference import assert_exact, compare, handed_over, randomise
+from reference import assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
+from fxstream.testing import compare
 
 
 class Net(nn.Module):

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
-from reference import compare, freeze_batchnorms, not_streamed, randomise, relative_error, run
+from reference import freeze_batchnorms, randomise
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxstream
+from fxstream.testing import compare, head, relative_error, run
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]
@@ -589,7 +590,7 @@ def check(network: Network, tile_shape: Any, freeze: bool, other: tuple[int, int
             assert network.may_stop
             event("nothing to stream")
             return
-        left = not_streamed(converted)
+        left = head(converted)
         assert network.may_stop or not left, f"not streamed: {left}"
         if freeze:
             freeze_batchnorms(model, converted)

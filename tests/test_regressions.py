@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact, compare, randomise
+from reference import assert_exact, randomise
 from torch import nn
 
 import fxstream
+from fxstream.testing import compare
 
 Body = Callable[["Net", torch.Tensor], Any]
 pytestmark = pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")

@@ -18,8 +18,8 @@ from . import (
     unfold,
     whole,
 )
-from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, register, rule_for
+from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, functions, register, rule_for
 
-__all__ = ["Answer", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Unknown", "register", "rule_for"]
+__all__ = ["Answer", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Unknown", "functions", "register", "rule_for"]
 __all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
 __all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]

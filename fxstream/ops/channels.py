@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..axes import Symbol, Value
-from .registry import Answer, Local, NotLocal, Unknown, register
+from .registry import Answer, Local, NotLocal, register
 
 
 def spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
@@ -25,9 +25,9 @@ def spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
     return None
 
 
-def _unknown(*operands: Any) -> NotLocal | None:
-    if any(isinstance(operand, (Value, Unknown)) for operand in operands):
-        return NotLocal("has parameters that are not known before the call")
+def of_image(*parameters: Any) -> NotLocal | None:
+    if any(isinstance(parameter, Value) for parameter in parameters):
+        return NotLocal("has parameters that depend on the image")
     return None
 
 
@@ -35,7 +35,7 @@ def _combined(
     x: Value, dims: Iterable[int], what: str, run: Callable[[torch.Tensor], torch.Tensor], *parameters: Any
 ) -> Answer:
     """An operation that keeps the shape and combines the positions of `dims`."""
-    return _unknown(*parameters) or spanning(x, dims, what) or Local((x,), x.dims, run)
+    return of_image(*parameters) or spanning(x, dims, what) or Local((x,), x.dims, run)
 
 
 @register(F.layer_norm)
@@ -43,8 +43,6 @@ def layer_norm(
     input: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Answer:
     shape = tuple(normalized_shape)
-    if any(not isinstance(size, int) for size in shape):
-        return NotLocal("normalises over sizes that are not known before the call")
     run = partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
     return _combined(input, range(-len(shape), 0), "takes the mean and variance", run, weight, bias)
 
@@ -52,6 +50,18 @@ def layer_norm(
 @register(nn.LayerNorm)
 def layer_norm_module(m: Any, input: Value) -> Answer:
     return layer_norm(input, m.normalized_shape, m.weight, m.bias, m.eps)
+
+
+@register(F.rms_norm)
+def rms_norm(input: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Answer:
+    shape = tuple(normalized_shape)
+    run = partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
+    return _combined(input, range(-len(shape), 0), "takes the mean square", run, weight)
+
+
+@register(nn.RMSNorm)
+def rms_norm_module(m: Any, input: Value) -> Answer:
+    return rms_norm(input, m.normalized_shape, m.weight, m.eps)
 
 
 @register(F.group_norm)

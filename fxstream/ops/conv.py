@@ -10,7 +10,7 @@ from torch import nn
 
 from ..axes import Dim, Value
 from ..errors import InputError
-from ..window import Border, Sliding, Span, Transposed
+from ..window import IDENTITY, Border, Sliding, Span, Transposed, Window
 from .border import MODES, fit
 from .registry import Answer, Local, NotLocal, Unknown, register
 
@@ -63,26 +63,31 @@ def convolution(
 ) -> Local | NotLocal:
     if problem := _kernel_problem(x, axes, weight, bias):
         return problem
-    if mode not in _BORDERS:
-        return NotLocal(
-            f"pads in mode '{mode}', which reads rows from the opposite border",
-            "use padding_mode='zeros', 'reflect' or 'replicate'",
-        )
     if problem := _channel_problem(x, weight.shape[1] * groups):
         return problem
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)
-    windows = {
-        axis + 2: Sliding(k, s, d, before, after, _BORDERS[mode])
-        for axis, (k, s, d, (before, after)) in enumerate(
-            zip(kernel, stride, dilation, _paddings(padding, kernel, dilation), strict=True)
-        )
+    paddings = _paddings(padding, kernel, dilation)
+    border = _BORDERS.get(mode, "zeros")
+    windows: dict[int, Window] = {
+        axis: Sliding(k, s, d, before, after, border)
+        for axis, (k, s, d, (before, after)) in enumerate(zip(kernel, stride, dilation, paddings, strict=True), start=2)
     }
+    dims = x.slid(windows)
+    around: list[int] = []
+    if mode not in _BORDERS:
+        if tags := x.tags(axis for axis, amounts in enumerate(paddings, start=2) if any(amounts)):
+            return NotLocal(
+                f"pads in mode '{mode}', which reads rows from the opposite border along {' and '.join(tags)}",
+                "use padding_mode='zeros', 'reflect' or 'replicate'",
+            )
+        around = [amount for amounts in reversed(paddings) for amount in amounts]
+        windows = {axis: window if x.dims[axis].tag is not None else IDENTITY for axis, window in windows.items()}
     function = _FUNCTIONS[axes]
 
     def run(block: torch.Tensor, *spans: Any) -> torch.Tensor:
-        return function(fit(block, spans, _BORDERS[mode]), weight, bias, stride, 0, dilation, groups)
+        rows = fit(block, spans, border)
+        return function(F.pad(rows, around, mode) if around else rows, weight, bias, stride, 0, dilation, groups)
 
-    dims = x.slid(windows)
     return Local((x,), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
 
 

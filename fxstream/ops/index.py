@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..axes import Dim, Extent, Symbol, Value
-from ..window import IDENTITY, Sliding, Span, Window
+from ..window import IDENTITY, Sliding, Span, Table, Window
 from .border import fit
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 
@@ -21,8 +21,6 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
     dim = first.dim(dim)
     if tags := first.tags([dim]):
         return NotLocal(f"concatenates along the streamed axis {tags[0]}", "concatenate along the channels")
-    if any(isinstance(tensor, Unknown) for tensor in tensors):
-        return NotLocal("concatenates a tensor that is not known before the call")
     if any([d.tag for d in value.dims] != [d.tag for d in first.dims] for value in values):
         return NotLocal("concatenates values whose streamed axes are not aligned")
     extents = {index: d.tag for index, d in enumerate(first.dims) if d.tag is not None}
@@ -34,10 +32,17 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
         ):
             return NotLocal("concatenates a tensor that has not the size of the image")
     operands = tuple(tensor if isinstance(tensor, Value) else Sliced(tensor, extents) for tensor in tensors)
-    sizes = [tensor.dims[dim].known if isinstance(tensor, Value) else tensor.size(dim) for tensor in tensors]
+    sizes = [_known(tensor, dim) for tensor in tensors]
     known = [size for size in sizes if size is not None]
     total = sum(known) if len(known) == len(sizes) else Symbol()
     return Local(operands, first.resized({dim: total}), lambda *blocks: torch.cat(blocks, dim))
+
+
+def _known(tensor: Any, dim: int) -> int | None:
+    """The size of a dimension, if it is known already."""
+    if isinstance(tensor, Value):
+        return tensor.dims[dim].known
+    return None if isinstance(tensor, Unknown) else tensor.size(dim)
 
 
 @register(torch.stack)
@@ -54,8 +59,13 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Answer:
     return Local(tuple(tensors), dims, lambda *blocks: torch.stack(blocks, at))
 
 
-def _parts(x: Value, dim: int, sizes: Sequence[int]) -> tuple[Local, ...]:
+_UNCOUNTABLE = NotLocal("cuts a dimension into a number of parts that is not known before the call")
+
+
+def _parts(x: Value, dim: int, sizes: Sequence[Any]) -> tuple[Local, ...]:
     """Consecutive parts of a dimension that is not streamed."""
+    if any(isinstance(size, Symbol) for size in sizes):  # known at the call
+        return tuple(Local((x,), x.resized({dim: size}), lambda block: block, aliases=x) for size in sizes)
 
     def part(start: int, size: int) -> Local:
         return Local((x,), x.resized({dim: size}), lambda block: block.narrow(dim, start, size), aliases=x)
@@ -69,8 +79,6 @@ def _uncuttable(x: Value, dim: int, *counts: Any) -> NotLocal | None:
         return NotLocal("cuts a dimension apart by numbers that are not known before the call")
     if tags := x.tags([dim]):
         return NotLocal(f"cuts the streamed axis {tags[0]} apart")
-    if x.dims[dim].known is None:
-        return NotLocal("cuts apart a dimension whose size is not known before the call")
     return None
 
 
@@ -79,7 +87,9 @@ def chunk(input: Value, chunks: int, dim: int = 0) -> Answer:
     dim = input.dim(dim)
     if problem := _uncuttable(input, dim, chunks):
         return problem
-    size = input.dims[dim].known or 0
+    size = input.dims[dim].known
+    if size is None:  # at the call there may turn out to be fewer of them
+        return _parts(input, dim, [Symbol() for _ in range(chunks)])
     each = -(-size // chunks)
     return _parts(input, dim, [min(each, size - start) for start in range(0, size, max(each, 1))])
 
@@ -90,10 +100,12 @@ def split(tensor: Value, split_size_or_sections: Any, dim: int = 0) -> Answer:
     sections = split_size_or_sections
     if problem := _uncuttable(tensor, dim, *(sections if isinstance(sections, (tuple, list)) else (sections,))):
         return problem
-    size = tensor.dims[dim].known or 0
+    size = tensor.dims[dim].known
     if isinstance(sections, int):
+        if size is None:
+            return _UNCOUNTABLE
         sections = [min(sections, size - start) for start in range(0, size, sections)]
-    if sum(sections) != size:
+    if size is not None and sum(sections) != size:
         return NotLocal(f"splits {size} positions into sections of {sum(sections)}")
     return _parts(tensor, dim, list(sections))
 
@@ -103,7 +115,8 @@ def unbind(input: Value, dim: int = 0) -> Answer:
     dim = input.dim(dim)
     if problem := _uncuttable(input, dim):
         return problem
-    return tuple(_selects(input, dim, input.dims[dim].known or 0))
+    count = input.dims[dim].known
+    return _UNCOUNTABLE if count is None else tuple(_selects(input, dim, count))
 
 
 def _selects(x: Value, dim: int, count: int) -> Iterator[Local]:
@@ -113,8 +126,11 @@ def _selects(x: Value, dim: int, count: int) -> Iterator[Local]:
 
 
 @register(operator.getitem)
-def getitem(input: Value, index: Any) -> Local | NotLocal:
+def getitem(input: Value, index: Any) -> Answer:
     items = list(index) if isinstance(index, tuple) else [index]
+    lists = [place for place, item in enumerate(items) if isinstance(item, list)]
+    if lists and all(item == slice(None) for place, item in enumerate(items) if place != lists[0]):
+        return _picked(input, lists[0], items[lists[0]], lambda block: block[index])
     if not all(map(_is_plain, items)):
         return NotLocal("is indexed by something else than known integers and slices")
     used = sum(item is not None and item is not Ellipsis for item in items)
@@ -140,12 +156,12 @@ def getitem(input: Value, index: Any) -> Local | NotLocal:
         elif item == slice(None):
             dims.append(dim)
             block_index.append(slice(None))
-        elif (window := _crop(item)) is None:
-            return NotLocal(f"picks positions along the streamed axis {dim.tag} by an index counted from the start")
+        elif not isinstance(item, slice):
+            return NotLocal(f"picks one position along the streamed axis {dim.tag}")
         else:
-            windows[position] = window
-            dims.append(dim.through(window))
-            block_index.append(slice(None, None, window.stride))
+            windows[position], cropped = _crop(dim, item)
+            dims.append(cropped)
+            block_index.append(slice(None, None, item.step))
 
     if not windows:
         return Local((input,), tuple(dims), lambda block: block[tuple(block_index)], aliases=input)
@@ -162,19 +178,80 @@ def getitem(input: Value, index: Any) -> Local | NotLocal:
 def _cut(dim: Dim, item: slice) -> Dim:
     if item == slice(None):
         return dim
-    return Dim(None, len(range(*item.indices(dim.size))) if isinstance(dim.size, int) else Symbol())
+    known = isinstance(dim.size, int) and not any(isinstance(end, Symbol) for end in (item.start, item.stop))
+    return Dim(None, len(range(*item.indices(dim.size))) if known else Symbol())
 
 
 def _is_plain(item: Any) -> bool:
-    parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
-    return all(part is None or part is Ellipsis or type(part) in (int, Extent) for part in parts)
-
-
-def _crop(item: Any) -> Sliding | None:
-    """`x[a:-b:s]` as a window; None where what it picks depends on the image's size."""
     if not isinstance(item, slice):
-        return None
-    start, stop, step = item.start or 0, item.stop or 0, item.step or 1
-    if start < 0 or stop > 0 or step < 1 or item.stop == 0:
-        return None
-    return Sliding(stride=step, before=-start, after=stop)
+        return item is None or item is Ellipsis or type(item) in (int, Extent)
+    # Where a slice begins and ends may follow from sizes, and is known at the call then.
+    ends = all(end is None or type(end) in (int, Extent) or isinstance(end, Symbol) for end in (item.start, item.stop))
+    return ends and (item.step is None or (type(item.step) is int and item.step > 0))
+
+
+def _crop(dim: Dim, item: slice) -> tuple[Window, Dim]:
+    """`x[start:stop:step]` along a streamed dimension. Raises ValueError if nothing is left of it."""
+    step = item.step or 1
+    if isinstance(dim.size, int):
+        start, stop, _ = item.indices(dim.size)
+        window: Window = Sliding(stride=step, before=-start, after=stop - dim.size)
+        return window, dim.through(window)
+    start, stop = (0 if end is None else end for end in (item.start, item.stop))
+    if type(start) is int and start >= 0 and type(stop) is int and (stop < 0 or item.stop is None):
+        window = Sliding(stride=step, before=-start, after=stop)
+        return window, dim.through(window)
+    # What is left hangs on the size of the value, and so does where it begins if that is counted from the end.
+    counted = type(start) is int and start >= 0
+    return Sliding(stride=step, before=-start) if counted else Table(0, (), ()), Dim(dim.tag, Symbol())
+
+
+@register(torch.narrow, "narrow")
+def narrow(input: Value, dim: int, start: Any, length: Any) -> Answer:
+    dim = input.dim(dim)
+    if not all(isinstance(number, (int, Symbol)) for number in (start, length)):
+        return NotLocal("cuts a part out by numbers that are not known before the call")
+    if isinstance(start, Symbol) or isinstance(length, Symbol):
+        cut = slice(start, Symbol())
+    else:
+        cut = slice(start, start + length or None)
+        size = input.dims[dim].known
+        if size is not None and not -size <= start <= size - length:
+            raise ValueError(f"rows {start} to {start + length} of {size}")
+    return getitem(input, (*[slice(None)] * dim, cut))
+
+
+@register(torch.select, "select")
+def select(input: Value, dim: int, index: int) -> Answer:
+    return getitem(input, (*[slice(None)] * input.dim(dim), index))
+
+
+def _picked(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
+    """Positions of a dimension in an order of their own."""
+    if tags := x.tags([dim]):
+        return NotLocal(f"puts positions along the streamed axis {tags[0]} in another order")
+    count = len(index) if isinstance(index, (list, torch.Tensor)) else Symbol()
+    return Local((x,), x.resized({dim: count}), run)
+
+
+@register(torch.index_select, "index_select")
+def index_select(input: Value, dim: int, index: Any) -> Answer:
+    if isinstance(index, Value):
+        return NotLocal("picks positions that depend on the image")
+    return _picked(input, input.dim(dim), index, lambda block: block.index_select(dim, index))
+
+
+@register(torch.flip, "flip")
+def flip(input: Value, *dims: Any) -> Answer:
+    given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    if tags := input.tags(given):
+        return NotLocal(f"mirrors the streamed {' and '.join(tags)}")
+    return Local((input,), input.dims, lambda block: block.flip(given))
+
+
+@register(torch.roll, "roll")
+def roll(input: Value, shifts: Any, dims: Any = None) -> Answer:
+    given = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if tags := input.tags(range(input.rank) if dims is None else given):
+        return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}")
+    return Local((input,), input.dims, lambda block: block.roll(shifts, dims))

@@ -28,10 +28,10 @@ def batch_norm(
         )
     if tags := x.tags([1]):
         return NotLocal(f"has its channels along the streamed axis {tags[0]}")
-    if any(isinstance(operand, (Value, Unknown)) for operand in (mean, var, weight, bias)):
-        return NotLocal("has statistics that are not known before the call")
+    if any(isinstance(operand, Value) for operand in (mean, var, weight, bias)):
+        return NotLocal("has statistics that depend on the image")
     channels = x.dims[1].known
-    if channels is not None and channels != mean.numel():
+    if channels is not None and not isinstance(mean, Unknown) and channels != mean.numel():
         return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 
     def run(block: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Symbol, Value
+from ..axes import Size, Symbol, Value
 from ..window import Border, Sliding, Span, Window
 from .border import MODES, fit
 from .registry import Local, NotLocal, register
@@ -19,8 +19,10 @@ _BORDERS: dict[str, Border] = {mode: border for border, mode in MODES.items()}
 
 @register(F.pad)
 def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Local | NotLocal:
+    if mode == "circular":
+        return _circular(input, pad)
     if mode not in _BORDERS:
-        return NotLocal(f"pads in mode '{mode}', which reads rows from the opposite border")
+        return NotLocal(f"pads in mode '{mode}', which has no streaming rule")
     if not all(isinstance(amount, (int, Symbol)) for amount in pad):
         return NotLocal("pads by amounts that are not known before the call")
     border, fill = _BORDERS[mode], 0.0 if value is None else value
@@ -42,6 +44,22 @@ def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float |
     return Local((input,), input.slid(windows), run, windows)
 
 
+def _circular(x: Value, pad: Sequence[int]) -> Local | NotLocal:
+    """Rows of the opposite border: local where that is not streamed."""
+    if not all(isinstance(amount, int) for amount in pad):
+        return NotLocal("pads by amounts that are not known before the call")
+    amounts = {x.rank - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
+    if tags := x.tags(dim for dim, both in sorted(amounts.items()) if any(both)):
+        return NotLocal(
+            f"pads in mode 'circular', which reads rows from the opposite border along {' and '.join(tags)}"
+        )
+    sizes: dict[int, Size] = {}
+    for dim, (before, after) in amounts.items():
+        size = x.dims[dim].known
+        sizes[dim] = x.dims[dim].size if before == after == 0 else Symbol() if size is None else size + before + after
+    return Local((x,), x.resized(sizes), lambda block: F.pad(block, pad, "circular"))
+
+
 def _register_module(axes: int, module_type: type[nn.Module], mode: str) -> None:
     @register(module_type, spatial=axes)
     def rule(m: Any, input: Value) -> Local | NotLocal:
@@ -52,4 +70,5 @@ for _axes in (1, 2, 3):
     _register_module(_axes, getattr(nn, f"ZeroPad{_axes}d"), "constant")
     _register_module(_axes, getattr(nn, f"ConstantPad{_axes}d"), "constant")
     _register_module(_axes, getattr(nn, f"ReflectionPad{_axes}d"), "reflect")
+    _register_module(_axes, getattr(nn, f"CircularPad{_axes}d"), "circular")
     _register_module(_axes, getattr(nn, f"ReplicationPad{_axes}d"), "replicate")

@@ -23,7 +23,7 @@ def pointwise(
     """The rule of any element-wise function with broadcasting; `function` must not write into its arguments."""
     named: dict[int | str, Any] = dict(enumerate(args)) | kwargs
     values = [arg for arg in named.values() if isinstance(arg, Value)]
-    if "out" in kwargs:
+    if kwargs.pop("out", None) is not None:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
     if (dims := broadcast(values)) is None:
         return NotLocal("combines values whose streamed axes are not aligned")
@@ -108,9 +108,11 @@ def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwar
     return replace(local, aliases=input) if isinstance(local, Local) else local
 
 
-def converted(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwargs: Any) -> Local | NotLocal:
+def converted(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Local | NotLocal:
     """Another type or device, given as such or as that of another tensor."""
     given = args[0] if args else kwargs.get("other")
+    if not isinstance(input, Value):
+        return NotLocal("gives a tensor the type of a value, which is not known before the call", "name the type")
     if not isinstance(given, (Value, torch.Tensor, Unknown)):
         return cast(function, input, *args, **kwargs)
     if isinstance(given, Unknown):
@@ -145,6 +147,8 @@ for _name in _UNDIFFERENTIABLE:
     register(_name)(partial(undifferentiable, getattr(torch.Tensor, _name)))
     if callable(_function := getattr(torch, _name, None)):
         register(_function)(partial(undifferentiable, _function))
+for _function in (torch.full_like, torch.ones_like, torch.zeros_like):
+    register(_function)(partial(undifferentiable, _function))
 for _name in "invert eq ne lt le gt ge and_ or_ xor".split():
     register(getattr(operator, _name))(partial(undifferentiable, getattr(operator, _name)))
 
@@ -255,8 +259,8 @@ def prelu_module(m: Any, input: Value) -> Local | NotLocal:
 @register(F.prelu, torch.prelu, "prelu")
 def prelu(input: Value, weight: Any) -> Local | NotLocal:
     # One slope for everything, or one a channel: dimension 1, which must be whole then.
-    if isinstance(weight, (Value, Unknown)):
-        return NotLocal("has slopes that are not known before the call")
-    if weight.numel() > 1 and (tags := input.tags([1])):
+    if isinstance(weight, Value):
+        return NotLocal("has slopes that depend on the image")
+    if (isinstance(weight, Unknown) or weight.numel() > 1) and (tags := input.tags([1])):
         return NotLocal(f"has its channels along the streamed axis {tags[0]}")
     return Local((input,), input.dims, lambda block: F.prelu(block, weight))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Value
+from ..axes import Symbol, Value
 from ..window import Sliding, Span
 from .border import fit
 from .conv import image_problem, per_axis
@@ -35,6 +35,17 @@ def _oversized_padding(windows: dict[int, Sliding]) -> NotLocal | None:
     return None
 
 
+def _follows_from_sizes(*geometry: Any) -> bool:
+    return any(isinstance(number, Symbol) for given in geometry for number in per_axis(given, 1))
+
+
+def _known_at_the_call(x: Value) -> Local | NotLocal:
+    """At conversion, a pooling whose geometry follows from sizes: over the whole image, mostly."""
+    if tags := x.tags(range(2, x.rank)):
+        return NotLocal(f"pools windows whose size along {' and '.join(tags)} is not known before the call")
+    return Local((x,), x.resized({dim: Symbol() for dim in range(2, x.rank)}), lambda block: block)
+
+
 def max_pooling(
     axes: int, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, return_indices: bool
 ) -> Local | NotLocal:
@@ -42,6 +53,8 @@ def max_pooling(
         return problem
     if return_indices:
         return NotLocal("returns indices, which are positions in the whole image", "use return_indices=False")
+    if _follows_from_sizes(kernel, stride):
+        return _known_at_the_call(x)
     windows = _windows(axes, kernel, stride, padding, dilation, ceil_mode)
     if problem := _oversized_padding(windows):
         return problem
@@ -78,6 +91,8 @@ def average_pooling(
 ) -> Local | NotLocal:
     if problem := image_problem(x, axes, "has its channels"):
         return problem
+    if _follows_from_sizes(kernel, stride):
+        return _known_at_the_call(x)
     windows = _windows(axes, kernel, stride, padding, 1, ceil_mode)
     if problem := _oversized_padding(windows):
         return problem
@@ -115,6 +130,8 @@ def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ce
         maximum = max_pooling(axes, x, kernel, stride, 0, 1, ceil_mode, False)
         sign = math.copysign(1, norm)
         return _wrapped(maximum, lambda block: sign * block.abs(), lambda pooled: sign * pooled)
+    if _follows_from_sizes(kernel, stride):
+        return _known_at_the_call(x)
     count = math.prod(per_axis(kernel, axes))
     mean = average_pooling(axes, x, kernel, stride, 0, ceil_mode, True, None)
     return _wrapped(mean, lambda block: block.pow(norm), lambda pooled: _root(pooled, count, norm))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..axes import Dim, Size, Symbol, Value
+from .channels import of_image, spanning
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 
 Labels = Sequence[str]
@@ -24,13 +25,11 @@ Labels = Sequence[str]
 
 @register(F.linear)
 def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
-    if any(isinstance(operand, (Value, Unknown)) for operand in (weight, bias)):
-        return NotLocal("has parameters that are not known before the call")
-    if tags := input.tags([-1]):
-        return NotLocal(f"mixes all positions along the streamed {tags[0]}")
-    if weight.dim() != 2:
+    if problem := of_image(weight, bias) or spanning(input, [-1], "mixes all positions"):
+        return problem
+    if not isinstance(weight, Unknown) and weight.dim() != 2:
         return NotLocal("has a weight that is not a matrix")
-    dims = input.resized({input.rank - 1: weight.shape[0]})
+    dims = input.resized({input.rank - 1: Symbol() if isinstance(weight, Unknown) else weight.shape[0]})
     return Local((input,), dims, lambda block: F.linear(block, weight, bias))
 
 
@@ -60,7 +59,7 @@ def product(
         sizes: of labels of the result which no operand has.
     """
     given = [(operand, own) for operand, own in zip(operands, labels, strict=True) if operand is not None]
-    if any(len(own) != rank_of(operand) for operand, own in given):
+    if any(len(own) != rank_of(operand) for operand, own in given if not isinstance(operand, Unknown)):
         return NotLocal(f"{what} operands of which one has a number of dimensions that its rule does not cover")
     tagged = [_tagged(operand, own) for operand, own in given if isinstance(operand, Value)]
     if any(tags != tagged[0] for tags in tagged):
@@ -76,7 +75,7 @@ def product(
     for place, (operand, own) in enumerate(zip(operands, labels, strict=True)):
         if isinstance(operand, Value):
             blocks[place] = operand
-        elif operand is not None and (extents := _extents(operand, own, tags)):
+        elif isinstance(operand, torch.Tensor) and (extents := _extents(operand, own, tags)):
             if any(dims[own[index]].known not in (None, operand.size(index)) for index in extents):
                 return NotLocal(f"{what} a tensor that has not the size of the image")
             blocks[place] = Sliced(operand, extents)
@@ -111,15 +110,17 @@ def _tagged(x: Value, labels: Labels) -> dict[str, str]:
 
 def _combined(label: str, tag: str | None, given: Sequence[tuple[Any, Labels]]) -> Dim:
     """The dimension of a result that carries `label`; operands of size 1 broadcast."""
-    found = [
-        operand.dims[own.index(label)] if isinstance(operand, Value) else Dim(None, operand.size(own.index(label)))
-        for operand, own in given
-        if label in own
-    ]
+    found = [_dim_of(operand, own.index(label)) for operand, own in given if label in own]
     if tag is not None:
         return next(dim for dim in found if dim.tag == tag)
     sizes: list[Size] = [dim.size for dim in found if dim.size != 1] or [1]
     return Dim(None, sizes[0] if all(size == sizes[0] for size in sizes) else Symbol())
+
+
+def _dim_of(operand: Any, index: int) -> Dim:
+    if isinstance(operand, Value):
+        return operand.dims[index]
+    return Dim(None, Symbol() if isinstance(operand, Unknown) else operand.size(index))
 
 
 def _extents(tensor: torch.Tensor, labels: Labels, tags: Mapping[str, str]) -> dict[int, str]:
@@ -148,11 +149,11 @@ def einsum(equation: Any, *operands: Any) -> Answer:
     written = [_symbols(term) for term in terms.split(",")]
     if len(written) != len(operands):
         return NotLocal(f"has {len(written)} terms for {len(operands)} operands")
-    if problem := unknown(*operands):
+    if _DOTS in equation and (problem := unknown(*operands)):
         return problem
-    spare = [rank_of(x) - sum(s != _DOTS for s in term) for x, term in zip(operands, written, strict=True)]
+    spare = [rank_of(x) - len(term) + 1 if _DOTS in term else 0 for x, term in zip(operands, written, strict=True)]
     labels = [_spelt_out(term, count) for term, count in zip(written, spare, strict=True)]
-    most = max((count for term, count in zip(written, spare, strict=True) if _DOTS in term), default=0)
+    most = max(spare)
     counts = Counter(symbol for term in written for symbol in term)
     implicit = [_DOTS, *sorted(symbol for symbol, times in counts.items() if times == 1 and symbol != _DOTS)]
     wanted = _spelt_out(_symbols(result) if arrow else implicit, most)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 
-from ..axes import Dim, Value
+from ..axes import Deferred, Dim, NotKnownError, Value
 from ..window import IDENTITY, Window
 
 Target = type | Callable[..., Any] | str
@@ -34,7 +35,8 @@ class Sliced:
     dims: Mapping[int, str]
 
 
-class Unknown(NamedTuple):
+@dataclass(frozen=True)
+class Unknown(Deferred):
     """At conversion, a value that does not depend on the image and whose shape cannot be known before a call."""
 
     name: str
@@ -88,7 +90,7 @@ class NotLocal:
 
 Answer = Local | tuple[Local | Fact, ...] | Fact | NotLocal
 
-_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections"}
 """What torch, too, calls some arguments."""
 
 
@@ -103,12 +105,15 @@ class Rule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Answer:
         own = self.signature.parameters
-        kwargs = {name if name in own else _NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+        kwargs = {name if name in own else _SYNONYMS.get(name, name): value for name, value in kwargs.items()}
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
             return NotLocal(f"is called with arguments that its streaming rule does not cover ({error})")
-        return self.function(*args, **kwargs)
+        try:
+            return self.function(*args, **kwargs)
+        except NotKnownError:
+            return NotLocal("has an argument that is not known before the call", "make it a constant")
 
 
 _RULES: dict[Target, Rule] = {}
@@ -145,3 +150,8 @@ def rule_for(target: Target) -> Rule | None:
     if rule is None and not isinstance(target, str):
         rule = _RULES.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}")
     return rule
+
+
+def functions() -> tuple[Callable[..., Any], ...]:
+    """The registered functions that are written in Python: tracing must not go into them."""
+    return tuple(target for target in _RULES if isinstance(target, FunctionType))

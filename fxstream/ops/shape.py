@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ def size(input: Value, dim: int | None = None) -> Answer:
     return Fact(tuple(map(input.size, range(input.rank))) if dim is None else input.size(dim))
 
 
+@register(torch.numel, "numel", "nelement")
+def numel(input: Value) -> Answer:
+    return Fact(product_of(dim.size for dim in input.dims))
+
+
 @register("dim", "ndimension")
 def rank(input: Value) -> Answer:
     return Fact(input.rank)
@@ -40,6 +45,8 @@ def attribute(input: Any, name: str) -> Answer:
         return size(input)
     if name == "ndim":
         return rank(input)
+    if name in ("T", "mT"):
+        return transpose(input, -2, -1)
     return NotLocal(f"reads the attribute {name} of a value")
 
 
@@ -52,8 +59,13 @@ def _permuted(x: Value, order: Sequence[int]) -> Answer:
 
 
 @register(torch.permute, "permute")
-def permute(input: Value, *dims: Any) -> Answer:
-    return _permuted(input, dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+def permute(input: Value, *order: Any, dims: Any = None) -> Answer:
+    return _permuted(input, _sizes(order if dims is None else dims))
+
+
+@register(torch.t, "t")
+def transpose_matrix(input: Value) -> Answer:
+    return _permuted(input, range(input.rank)[::-1])
 
 
 @register(torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims")
@@ -99,16 +111,29 @@ def _sizes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
 
 
-@register("view", "reshape")
-def view(input: Value, *shape: Any) -> Answer:
-    if shape and isinstance(shape[0], torch.dtype):
+@register(torch.reshape, "view", "reshape", takes_sizes=True)
+def view(input: Any, *sizes: Any, shape: Any = None, size: Any = None) -> Answer:
+    given = _sizes(sizes) if sizes else tuple(shape if size is None else size)
+    if given and isinstance(given[0], torch.dtype):
         return NotLocal("reads the bits of a value as another type")
-    return _reshape(input, _sizes(shape))
+    return _reshape(input, given) if isinstance(input, Value) else _of_constant(input, given, torch.reshape)
 
 
-@register(torch.reshape)
-def reshape(input: Value, shape: Any) -> Answer:
-    return _reshape(input, tuple(shape))
+def _of_constant(tensor: Any, sizes: tuple[Any, ...], function: Callable[..., torch.Tensor]) -> Answer:
+    """A tensor that does not depend on the image, viewed in sizes that are read off values, but not streamed."""
+    if not all(isinstance(size, (int, Symbol)) for size in sizes):
+        return NotLocal("is given sizes that are not known before the call")
+    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
+        return NotLocal("gives a tensor the extent of a streamed axis")
+    if isinstance(tensor, Unknown) or any(isinstance(size, Symbol) for size in sizes):
+        return Fact(Unknown("a view"))
+    with torch.enable_grad():  # in the backward pass, too: its gradient is that of the tensor
+        return Fact(function(tensor, sizes))
+
+
+@register("view_as", "reshape_as")
+def view_as(input: Value, other: Value) -> Answer:
+    return view(input, *map(other.size, range(other.rank)))
 
 
 @register(torch.flatten, "flatten")
@@ -161,12 +186,42 @@ def squeeze(input: Value, dim: Any = None) -> Answer:
     return Local((input,), dims, lambda block: block.squeeze(removed), aliases=input)
 
 
-@register("expand", takes_sizes=True)
-def expand(input: Any, *shape: Any) -> Answer:
-    sizes = _sizes(shape)
+@register(torch.broadcast_to, "expand", "broadcast_to", takes_sizes=True)
+def expand(input: Any, *sizes: Any, size: Any = None) -> Answer:
+    given = _sizes(sizes) if sizes else tuple(size)
     if isinstance(input, Value):
-        return _expanded(input, sizes)
-    return _token(input, sizes)
+        return _expanded(input, given)
+    if not any(isinstance(size, (Extent, SymbolicExtent)) for size in given):
+        return _of_constant(input, given, torch.Tensor.expand)
+    return _token(input, given)
+
+
+@register("expand_as")
+def expand_as(input: Any, other: Value) -> Answer:
+    return expand(input, *map(other.size, range(other.rank)))
+
+
+@register("repeat", takes_sizes=True)
+def repeat(input: Any, *repeats: Any) -> Answer:
+    counts = _sizes(repeats)
+    if isinstance(input, Value):
+        return _repeated(input, counts)
+    extents = [isinstance(count, (Extent, SymbolicExtent)) for count in counts]
+    if any(extents) and all(extent or count == 1 for extent, count in zip(extents, counts, strict=True)):
+        return _token(input, [count if extent else -1 for extent, count in zip(extents, counts, strict=True)])
+    return _of_constant(input, counts, torch.Tensor.repeat)
+
+
+def _repeated(x: Value, counts: Sequence[Any]) -> Answer:
+    new = len(counts) - x.rank
+    if new < 0 or any(isinstance(count, (Unknown, Extent, SymbolicExtent)) for count in counts):
+        return NotLocal("is repeated in a way that its streaming rule does not cover")
+    dims = [Dim(None, count) for count in counts[:new]]
+    for dim, count in zip(x.dims, counts[new:], strict=True):
+        if dim.tag is not None and count != 1:
+            return NotLocal(f"repeats the streamed axis {dim.tag}")
+        dims.append(dim if count == 1 else Dim(None, product_of([dim.size, count])))
+    return Local((x,), tuple(dims), lambda block: block.tile(*counts))
 
 
 def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
@@ -182,21 +237,20 @@ def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
     return Local((x,), tuple(dims), lambda block: block.expand(kept), aliases=x)
 
 
-def _token(tensor: torch.Tensor, sizes: Sequence[Any]) -> Answer:
+def _token(tensor: Any, sizes: Sequence[Any]) -> Answer:
     """A tensor that does not depend on the image, expanded to a size that does: a class token for each image."""
     extents = {index: size for index, size in enumerate(sizes) if isinstance(size, (Extent, SymbolicExtent))}
-    if not extents or any(isinstance(size, (Unknown, Symbol)) for i, size in enumerate(sizes) if i not in extents):
+    if not extents or any(isinstance(size, Unknown) for size in sizes):
         return NotLocal("expands a tensor to a size that is not the extent of a streamed axis")
     source = next(iter(extents.values())).value
     if any(not is_extent(size, source.dims[source.position(size.tag)]) for size in extents.values()):
         return NotLocal("expands a tensor to the extents of different values")
     if {size.tag for size in extents.values()} != set(source.tags()) or len(extents) != len(source.tags()):
         return NotLocal("expands a tensor to the extents of some of the streamed axes only")
-    whole = (
-        tensor.shape[len(tensor.shape) - len(sizes) :]
-        if len(tensor.shape) >= len(sizes)
-        else (1,) * (len(sizes) - tensor.dim()) + tuple(tensor.shape)
-    )
+    if isinstance(tensor, Unknown):
+        whole: tuple[Any, ...] = tuple(1 if index in extents else Symbol() for index in range(len(sizes)))
+    else:
+        whole = (1,) * (len(sizes) - tensor.dim()) + tuple(tensor.shape)
     if any(whole[index] != 1 for index in extents):
         return NotLocal("expands a tensor that has an extent of its own along a streamed axis")
     dims = tuple(
@@ -208,8 +262,7 @@ def _token(tensor: torch.Tensor, sizes: Sequence[Any]) -> Answer:
     positions = {index: source.position(extents[index].tag) for index in extents}
 
     def run(block: torch.Tensor) -> torch.Tensor:
-        return tensor.expand(
-            [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
-        )
+        shape = [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
+        return torch.Tensor.expand(tensor, shape)
 
     return Local((source,), dims, run)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Value
+from ..axes import Symbol, Value
 from .registry import Local, NotLocal, register
 
 
@@ -16,13 +17,16 @@ def _register_adaptive(axes: int, kind: str) -> None:
 
     @register(function)
     def function_rule(input: Value, output_size: Any, return_indices: bool = False) -> Local | NotLocal:
-        if tags := input.tags(range(-axes, 0)):
+        sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,) * axes
+        if len(sizes) != axes or input.rank <= axes or any(not isinstance(s, (int, Symbol, NoneType)) for s in sizes):
+            return NotLocal("pools to a size that its rule does not cover")
+        # None keeps the size along an axis.
+        pooled = {input.rank - axes + axis: size for axis, size in enumerate(sizes) if size is not None}
+        if tags := input.tags(pooled):
             return NotLocal(f"pools over the whole image along {' and '.join(tags)}")
         if return_indices:
             return NotLocal("returns indices")
-        sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,) * axes
-        dims = input.resized({input.rank - axes + i: size for i, size in enumerate(sizes) if size is not None})
-        return Local((input,), dims, lambda block: function(block, sizes))
+        return Local((input,), input.resized(pooled), lambda block: function(block, sizes))
 
     @register(getattr(nn, f"Adaptive{kind.capitalize()}Pool{axes}d"))
     def module_rule(m: Any, input: Value) -> Local | NotLocal:
