@@ -65,17 +65,25 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, Converted):
         raise StreamingError("the model is converted already. Way out: convert the original with the new tile_shape")
-    traced = trace(model)
-    names = image_names(traced, example_input)
-    sizes = _tile_shape(tile_shape, names)
-    settings = Settings(names, sizes, freeze_batchnorm, traced.guards, tuple(traced.entered))
-    analysis = Analysis(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
+    analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
     if not analysis.prefix:
         raise NothingToStreamError(_nothing(analysis))
     _warn_if_short(analysis)
     name = _unused_name(model)
     outer, streamed = partition(analysis, name)
-    return Converted(model, traced.constants, outer, name, Streamed(streamed, settings))
+    return Converted(model, analysis.trace.constants, outer, name, Streamed(streamed, settings))
+
+
+def plan(
+    model: nn.Module, tile_shape: object, freeze_batchnorm: bool, image: str | None, example_input: torch.Tensor | None
+) -> tuple[Analysis, Settings]:
+    """What `convert` is going to do."""
+    traced = trace(model)
+    names = image_names(traced, example_input)
+    sizes = _tile_shape(tile_shape, names)
+    settings = Settings(names, sizes, freeze_batchnorm, traced.guards, tuple(traced.entered))
+    analysis = Analysis(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
+    return analysis, settings
 
 
 def analyze(
