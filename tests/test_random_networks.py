@@ -1,4 +1,7 @@
-"""Random fully convolutional networks: whatever is built from streamable operations is streamed whole, and exactly.
+"""Random networks out of the whole registry: whatever is local is streamed whole, and exactly.
+
+Networks of images with one to three spatial axes are built from operations that are local along all of them, and those
+that stream along the batch alone from whatever treats each sample by itself, too.
 
 A network is drawn as Python source, line by line, and every line is run as it is drawn: so sizes are known, and what
 does not fit is not drawn. A failure prints the network, ready to be pasted into a test of its own.
@@ -20,6 +23,7 @@ from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from reference import freeze_batchnorms, randomise
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 import fxstream
@@ -28,7 +32,7 @@ from fxstream.testing import compare, head, relative_error, run
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]
 Line = str
-Case = tuple["Network", Any, bool, tuple[int, int]]
+Case = tuple["Network", Any, bool, Shape]
 EXAMPLES = int(os.environ.get("FXSTREAM_EXAMPLES", "2000"))
 
 
@@ -55,6 +59,8 @@ class Network:
     """The last line does not work on an image of this shape."""
     fixed: bool = False
     """It holds tensors of the size of the image."""
+    per_sample: bool = False
+    """It combines positions of each sample, and streams along the batch alone."""
     may_stop: bool = False
     """Something is overwritten of which there is a view: fxstream may leave that to the head."""
 
@@ -93,8 +99,9 @@ class Network:
 class Builder:
     """Draws a network line by line."""
 
-    def __init__(self, draw: Draw, shape: Shape):
+    def __init__(self, draw: Draw, shape: Shape, per_sample: bool):
         self.draw = draw
+        self.per_sample = per_sample
         self.network = Network(shape)
         self.owner = nn.Module()
         self.names: dict[str, Any] = {
@@ -108,6 +115,7 @@ class Builder:
         self.views: list[str] = []
         self.modules: list[str] = []
         self.count = 0
+        self.axes = len(shape) - 2
 
     # Choices
 
@@ -120,11 +128,13 @@ class Builder:
     def chance(self, one_in: int) -> bool:
         return bool(self.draw(st.sampled_from([False] * (one_in - 1) + [True])))
 
+    def each(self, first: int, last: int) -> Shape:
+        """A number for each axis."""
+        return tuple(self.integer(first, last) for _ in range(self.axes))
+
     def pair(self, first: int, last: int) -> Any:
         """One number, or one for each axis."""
-        if self.draw(st.booleans()):
-            return self.integer(first, last)
-        return self.integer(first, last), self.integer(first, last)
+        return self.integer(first, last) if self.draw(st.booleans()) else self.each(first, last)
 
     def value(self) -> str:
         """Mostly one of the latest values."""
@@ -144,8 +154,9 @@ class Builder:
 
     def partner(self, name: str, any_channels: bool = False) -> str | None:
         """Another value of the same size, to join it with."""
-        _, c, h, w = self.size(name)
-        fitting = [v for v in self.values if self.size(v)[2:] == (h, w) and (any_channels or self.size(v)[1] in (c, 1))]
+        _, c, *spatial = self.size(name)
+        alike = [v for v in self.values if list(self.size(v)[2:]) == spatial]
+        fitting = [v for v in alike if any_channels or self.size(v)[1] in (c, 1)]
         return str(self.choice(fitting)) if fitting else None
 
     # Lines
@@ -185,9 +196,10 @@ class Builder:
                 exec(f"{name} = {expression}", self.names)
             result = self.names[name]
             # A dilated max pooling whose window holds padding alone gives -inf, and corrupts memory in its backward.
-            if result.dim() != 4 or not 0 < result.numel() < 40000 or not result.isfinite().all():
+            rank = self.axes + 2
+            if result.dim() != rank or not 0 < result.numel() < 40000 or not result.isfinite().all():
                 raise RuntimeError("not a value to go on with")
-        except (RuntimeError, ValueError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
             if may_fail and isinstance(error, RuntimeError) and "go on" not in str(error) and self.chance(3):
                 self.network.forward.append(f"{name} = {expression}{comment}")
                 self.values.append(name)
@@ -199,7 +211,7 @@ class Builder:
         return name
 
     def step(self) -> None:
-        family = self.choice(_FAMILIES)
+        family = self.choice(_OF_SAMPLES if self.per_sample else _LOCAL)
         kept = len(self.network.init)
         if family(self) is None and not self.network.fails:
             for line in self.network.init[kept:]:  # nothing uses what was made for a line that did not work
@@ -214,13 +226,13 @@ class Builder:
         channels = self.size(v)[1]
         groups = self.choice([g for g in (1, 1, 2, 3) if channels % g == 0])
         out = groups * self.integer(1, 3)
-        kernel = (self.integer(1, 4), self.integer(1, 4)) if self.chance(3) else (self.integer(1, 3),) * 2
-        stride, dilation = self.stride(), self.choice([1, 1, 1, 2, 3, (1, 2), (2, 1)])
+        kernel = self.each(1, 4) if self.chance(3) else (self.integer(1, 3),) * self.axes
+        stride, dilation = self.stride(), self.dilation()
         padding: Any = self.choice(["'same'", "'valid'", "number", "number", "number", "half", "half", "over"])
         if padding == "number":
             padding = self.pair(0, 2)
         elif padding == "half":
-            padding = (kernel[0] // 2, kernel[1] // 2)
+            padding = tuple(size // 2 for size in kernel)
         elif padding == "over":
             padding = self.pair(3, 7)
         if padding == "'same'":
@@ -229,12 +241,12 @@ class Builder:
             weight, bias = self.weight(out, channels // groups, *kernel), "None"
             if self.chance(2):
                 bias = self.parameter(out)
-            call = f"F.conv2d({v}, {weight}, {bias}, {stride}, {padding}, {dilation}, {groups})"
+            call = f"F.conv{self.axes}d({v}, {weight}, {bias}, {stride}, {padding}, {dilation}, {groups})"
             return self.line(call, may_fail=True)
         mode = self.choice(["zeros", "zeros", "reflect", "replicate"])
         module = self.attribute(
             "m",
-            f"nn.Conv2d({channels}, {out}, {kernel}, {stride}, {padding}, {dilation}, {groups}, "
+            f"nn.Conv{self.axes}d({channels}, {out}, {kernel}, {stride}, {padding}, {dilation}, {groups}, "
             f"bias={self.chance(2)}, padding_mode={mode!r})",
         )
         self.modules.append(module)
@@ -242,11 +254,14 @@ class Builder:
 
     def weight(self, *shape: int) -> str:
         name = self.parameter(*shape)
-        form = self.choice(["{0}", "{0}", "({0} - 0.5 * {0}.mean(dim=(1, 2, 3), keepdim=True))", "torch.tanh({0})"])
+        form = self.choice(["{0}", "{0}", "({0} - 0.5 * {0}.mean(dim=0, keepdim=True))", "torch.tanh({0})"])
         return str(form.format(name))
 
     def stride(self) -> Any:
-        return self.choice([1, 1, 1, 1, 2, 2, 3, 5, (1, 2), (2, 1), (3, 2)])
+        return self.choice([1, 1, 1, 1, 2, 2, 3, 5, self.each(1, 3)])
+
+    def dilation(self) -> Any:
+        return self.choice([1, 1, 1, 2, 3, self.each(1, 2)])
 
     def again(self) -> str | None:
         """A module that is used a second time."""
@@ -254,27 +269,34 @@ class Builder:
 
     def half(self, kernel: Any) -> Shape:
         """A padding of at most half of the kernel, as poolings want it."""
-        return tuple(self.integer(0, size // 2) for size in (kernel if isinstance(kernel, tuple) else (kernel,) * 2))
+        sizes = kernel if isinstance(kernel, tuple) else (kernel,) * self.axes
+        return tuple(self.integer(0, size // 2) for size in sizes)
 
     def max_pool(self) -> str | None:
-        v, kernel, dilation = self.value(), self.pair(1, 4), self.choice([1, 1, 2, 3, (1, 2)])
-        stride = self.choice([None, 1, 1, 2, 2, 3, 5, (1, 2), (2, 1)])
+        v, kernel, dilation = self.value(), self.pair(1, 4), self.dilation()
+        stride = self.choice([None, 1, 1, 2, 2, 3, 5, self.each(1, 2)])
         arguments = f"{kernel}, {stride}, {self.half(kernel)}, {dilation}, ceil_mode={self.chance(2)}"
         if self.chance(2):
-            return self.line(f"F.max_pool2d({v}, {arguments})", may_fail=True)
-        return self.line(f"{self.attribute('m', f'nn.MaxPool2d({arguments})')}({v})", may_fail=True)
+            return self.line(f"F.max_pool{self.axes}d({v}, {arguments})", may_fail=True)
+        return self.line(f"{self.attribute('m', f'nn.MaxPool{self.axes}d({arguments})')}({v})", may_fail=True)
 
     def average_pool(self) -> str | None:
-        v, kernel, stride = self.value(), self.pair(1, 4), self.choice([None, 1, 1, 2, 2, 3, 5, (1, 2), (2, 1)])
+        v, kernel, stride = self.value(), self.pair(1, 4), self.choice([None, 1, 1, 2, 2, 3, 5, self.each(1, 2)])
+        if self.chance(4):
+            norm = self.choice([1.0, 2.0, 3, "float('inf')"])
+            return self.line(f"F.lp_pool{self.axes}d({v}.abs() + 0.1, {norm}, {kernel}, {stride}, {self.chance(2)})")
         arguments = f"{kernel}, {stride}, {self.half(kernel)}, ceil_mode={self.chance(2)}"
-        arguments += f", count_include_pad={self.chance(2)}, divisor_override={self.choice([None, None, 1, 5])}"
+        arguments += f", count_include_pad={self.chance(2)}"
+        if self.axes > 1:
+            arguments += f", divisor_override={self.choice([None, None, 1, 5])}"
         if self.chance(2):
-            return self.line(f"F.avg_pool2d({v}, {arguments})", may_fail=True)
-        return self.line(f"{self.attribute('m', f'nn.AvgPool2d({arguments})')}({v})", may_fail=True)
+            return self.line(f"F.avg_pool{self.axes}d({v}, {arguments})", may_fail=True)
+        return self.line(f"{self.attribute('m', f'nn.AvgPool{self.axes}d({arguments})')}({v})", may_fail=True)
 
     def batch_norm(self) -> str | None:
         v = self.value()
-        return self.line(f"{self.attribute('m', f'nn.BatchNorm2d({self.size(v)[1]}, affine={self.chance(2)})')}({v})")
+        module = f"nn.BatchNorm{self.axes}d({self.size(v)[1]}, affine={self.chance(2)})"
+        return self.line(f"{self.attribute('m', module)}({v})")
 
     def activation(self) -> str | None:
         kind, overwrites = self.choice(_ACTIVATIONS), self.chance(3)
@@ -294,10 +316,19 @@ class Builder:
     def with_constant(self) -> str | None:
         """Arithmetic with a parameter or a buffer, which may have the size of the whole value."""
         v = self.value()
-        n, c, h, w = self.size(v)
-        shapes = [(1, c, 1, 1), (c, 1, 1), (1,), (1, c, h, w), (c, h, w), (h, w), (1, 1, h, 1), (w,), (n, c, h, w)]
-        shape = self.choice([*shapes, (n, 1, 1, 1)])
-        self.network.fixed |= shape not in shapes[:3]
+        n, c, *spatial = self.size(v)
+        ones = (1,) * self.axes
+        plain = [(1, c, *ones), (c, *ones), (1,)]
+        full = [
+            (1, c, *spatial),
+            (c, *spatial),
+            (*spatial,),
+            (*spatial[:1], *ones[1:]),
+            (spatial[-1],),
+            (n, c, *spatial),
+        ]
+        shape = self.choice([*plain, *full, (n, 1, *ones)])
+        self.network.fixed |= shape not in plain
         return self.line(self.choice(_WITH_CONSTANT).format(v, self.parameter(*shape)))
 
     def joined(self) -> str | None:
@@ -307,39 +338,44 @@ class Builder:
 
     def concatenated(self) -> str | None:
         v = self.value()
-        n, _, h, w = self.size(v)
+        n, _, *spatial = self.size(v)
         parts = [v]
         for _ in range(self.integer(1, 2)):
             parts.append(self.partner(v, any_channels=True) or v)
         if self.chance(6):
             self.network.fixed = True
-            parts.insert(self.integer(0, 2), self.parameter(n, 1, h, w))
-        return self.line(f"torch.cat([{', '.join(parts)}], {self.choice(['1', 'dim=1', '-3'])})")
+            parts.insert(self.integer(0, 2), self.parameter(n, 1, *spatial))
+        return self.line(f"torch.cat([{', '.join(parts)}], {self.choice(['1', 'dim=1', str(-1 - self.axes)])})")
 
     def cropped_and_joined(self) -> str | None:
         """Two values of different sizes, the greater one cropped."""
         v, u = self.value(), self.value()
-        (h, w), (k, l) = self.size(v)[2:], self.size(u)[2:]  # noqa: E741
-        if (h, w) == (k, l) or h < k or w < l:
+        spare = [one - other for one, other in zip(self.size(v)[2:], self.size(u)[2:], strict=True)]
+        if min(spare) < 0 or max(spare) == 0:
             return None
-        top, left = self.integer(0, h - k), self.integer(0, w - l)
-        bottom, right = h - k - top, w - l - left
-        if self.chance(2):
-            crop = f"F.pad({v}, (-{left}, -{right}, -{top}, -{bottom}))"
+        first = [self.integer(0, rows) for rows in spare]
+        last = [rows - before for rows, before in zip(spare, first, strict=True)]
+        form = self.choice(["pad", "slices", "sizes"])
+        if form == "pad":
+            amounts = ", ".join(f"-{a}, -{b}" for a, b in zip(first[::-1], last[::-1], strict=True))
+            crop = f"F.pad({v}, ({amounts}))"
+        elif form == "slices":
+            crop = f"{v}[..., {', '.join(f'{a}:{-b or None}' for a, b in zip(first, last, strict=True))}]"
         else:
-            crop = f"{v}[..., {top}:{-bottom or None}, {left}:{-right or None}]"
+            crop = f"{v}[..., {', '.join(f':{u}.shape[{axis + 2}]' for axis in range(self.axes))}]"
         cropped = self.viewed(crop)
         return cropped and self.line(f"torch.cat([{cropped}, {u}], 1)")
 
     def padded(self) -> str | None:
         v, mode = self.value(), self.choice(["constant", "constant", "reflect", "replicate"])
         least = -3 if mode == "constant" or self.chance(4) else 0
-        amounts = tuple(self.integer(least, 3) for _ in range(4))
+        amounts = tuple(self.integer(least, 3) for _ in range(2 * self.axes))
         # Cropping more rows than there are fails in torch even if rows are added on the other side.
         failing = min(amounts) >= 0
-        self.network.fixed |= amounts[0] * amounts[1] < 0 or amounts[2] * amounts[3] < 0
+        self.network.fixed |= any(amounts[i] * amounts[i + 1] < 0 for i in range(0, len(amounts), 2))
         if self.chance(3):
-            kind = {"constant": "ConstantPad2d", "reflect": "ReflectionPad2d", "replicate": "ReplicationPad2d"}[mode]
+            kind = {"constant": "ConstantPad", "reflect": "ReflectionPad", "replicate": "ReplicationPad"}[mode]
+            kind += f"{self.axes}d"
             value = f", {self.choice([0.0, -1.5])}" if mode == "constant" else ""
             return self.line(f"{self.attribute('m', f'nn.{kind}({amounts}{value})')}({v})", may_fail=failing)
         if mode == "constant":
@@ -352,18 +388,178 @@ class Builder:
         v = self.value()
         c = self.size(v)[1]
         first = self.integer(0, c - 1)
-        index = self.choice(
+        options = [
+            f"[:, {first}:{self.integer(first + 1, c)}]",
+            f"[:, {first}].unsqueeze(1)",
+            f"[:, {-1 - first}][:, None]",
+            "[:, ::2]",
+            f"[:, {[first, self.integer(0, c - 1)]}]",
+            f".select(1, {first}).unsqueeze(-{self.axes + 1})",
+            f"[:, :, {self.integer(0, 3)}:, ..., {self.integer(0, 2)}:-{self.integer(1, 3)}]",
+            f"[..., {self.integer(0, 2)}::{self.integer(1, 4)}]",
+            f"[:, :, :{self.integer(1, 9)}]",
+            f"[:, :, -{self.integer(1, 9)}:]",
+            f".narrow(2, {self.integer(0, 2)}, {self.integer(1, 3)})",
+            f"[:, :, ::{self.integer(1, 4)}]",
+        ]
+        if self.axes == 1:
+            options = [option for option in options if "..., " not in option]
+        return self.viewed(f"{v}{self.choice(options)}")
+
+    def resampled(self) -> str | None:
+        v = self.value()
+        smooth = ["", "linear", "bilinear", "trilinear"][self.axes]
+        modes = ["nearest", "nearest-exact", smooth, smooth] + ["bicubic"] * (self.axes == 2)
+        mode = self.choice(modes)
+        # In float64, torch's own gradient of mode "nearest" is wrong for factors such as 2.7.
+        factors = [2, 2.0, 0.5, 3, 1.5] if "nearest" in mode else [2, 2.0, 0.5, 3, 1.5, 0.7, 2.7]
+        options = f", mode={mode!r}"
+        if "nearest" not in mode:
+            options += f", align_corners={self.choice([True, False, None])}"
+        factor = self.choice([self.choice(factors), tuple(float(self.choice(factors)) for _ in range(self.axes))])
+        target = f"scale_factor={factor}"
+        u = self.choice(self.values)
+        if "nearest" not in mode and self.chance(2):
+            target = self.choice([f"size={u}.shape[2:]", f"size={self.each(1, 12)}"])
+        elif self.chance(3):
+            options += ", recompute_scale_factor=True"
+        if "size=" in target or self.chance(2):
+            return self.line(f"F.interpolate({v}, {target}{options})")
+        return self.line(f"{self.attribute('m', f'nn.Upsample({target}{options})')}({v})")
+
+    def transposed(self) -> str | None:
+        v = self.value()
+        channels = self.size(v)[1]
+        groups = self.choice([g for g in (1, 1, 2) if channels % g == 0])
+        stride, dilation = self.pair(1, 3), self.dilation()
+        arguments = f"stride={stride}, padding={self.pair(0, 2)}, output_padding={self.pair(0, 1)}, groups={groups}"
+        arguments += f", dilation={dilation}"
+        if self.chance(3):
+            weight = self.weight(channels, self.integer(1, 2), *self.each(1, 4))
+            return self.line(f"F.conv_transpose{self.axes}d({v}, {weight}, {arguments})")
+        out = groups * self.integer(1, 2)
+        module = (
+            f"nn.ConvTranspose{self.axes}d({channels}, {out}, {self.pair(1, 4)}, {arguments}, bias={self.chance(2)})"
+        )
+        return self.line(f"{self.attribute('m', module)}({v})")
+
+    def shuffled(self) -> str | None:
+        """Channels and pixels, or channels among themselves."""
+        v = self.value()
+        c, groups = self.size(v)[1], self.choice([2, 3])
+        if self.axes == 2 and self.chance(2):
+            down = self.size(v)[2] % 2 == self.size(v)[3] % 2 == 0 and c <= 2
+            self.network.fixed |= down
+            return self.line(f"F.pixel_{'un' * down}shuffle({v}, 2)")
+        if c % groups:
+            return None
+        spatial = ", ".join(f"{v}.size({axis + 2})" for axis in range(self.axes))
+        form = self.choice(
             [
-                f"[:, {first}:{self.integer(first + 1, c)}]",
-                f"[:, {first}].unsqueeze(1)",
-                f"[:, {-1 - first}][:, None]",
-                "[:, ::2]",
-                f"[:, :, {self.integer(0, 3)}:, {self.integer(0, 2)}:-{self.integer(1, 3)}]",
-                f"[..., {self.integer(0, 2)}::{self.integer(1, 4)}]",
-                f"[:, :, ::{self.integer(1, 4)}, 1:-1:2]",
+                f"F.channel_shuffle({v}, {groups})",
+                f"{v}.view({v}.size(0), {groups}, -1, {spatial}).transpose(1, 2).reshape({v}.shape)",
+                f"{v}.reshape(-1, {groups}, {c // groups}, {spatial}).mean(2)",
+                f"{v}.unflatten(1, ({groups}, -1)).amax(1)",
+                f"torch.stack({v}.chunk({groups}, 1), 2).flatten(1, 2)",
+                f"{v}.split([1, {c - 1}], dim=1)[1] - torch.split({v}, [1, {c - 1}], 1)[0]",
             ]
         )
-        return self.viewed(f"{v}{index}")
+        return self.viewed(form)
+
+    def over_channels(self) -> str | None:
+        """What combines channels, where they are or as the last dimension."""
+        v = self.value()
+        c = self.size(v)[1]
+        if self.chance(2):
+            even = self.line(f"F.glu({v}, 1)") if c % 2 == 0 and self.chance(3) else None
+            return even or self.viewed(self.choice(_OVER_CHANNELS).format(v, c))
+        back = (0, self.axes + 1, *range(1, self.axes + 1))
+        body = f"{v}.{self.choice(['movedim(1, -1)', f'permute(0, *{(*range(2, self.axes + 2), 1)})'])}"
+        for _ in range(self.integer(1, 2)):
+            kind = self.choice(["LayerNorm", "layer_norm", "Linear", "matmul", "einsum", "softmax"])
+            if kind == "LayerNorm":
+                body = f"{self.attribute('m', f'nn.LayerNorm({c})')}({body})"
+            elif kind == "layer_norm":
+                body = f"F.layer_norm({body}, ({c},), {self.parameter(c)})"
+            elif kind == "softmax":
+                body = f"{body}.softmax(-1)"
+            else:
+                k = self.integer(1, 3)
+                forms = {
+                    "Linear": lambda: f"{self.attribute('m', f'nn.Linear({c}, {k})')}({body})",  # noqa: B023
+                    "matmul": lambda: f"({body} @ {self.parameter(c, k)})",  # noqa: B023
+                    "einsum": lambda: f"torch.einsum('...c,ck->...k', {body}, {self.parameter(c, k)})",  # noqa: B023
+                }
+                body, c = forms[kind](), k
+        return self.line(f"{body}.permute{back}")
+
+    def of_sizes(self) -> str | None:
+        """Sizes that are read off values."""
+        v = self.value()
+        last = self.axes + 1
+        forms = [
+            "{0} / {0}.shape[-1]",
+            f"{{0}} * ({{0}}.size(2) * {{0}}.size({last})) ** -0.5",
+            "{0} + 1 / {0}.numel()",
+            "F.pad({0}, (0, (-{0}.shape[-1]) % 3))",
+            "F.pad({0}, (0, (-{0}.shape[-1]) % 4), value=0.5)[..., : {0}.shape[-1]]",
+            "{0}.unfold(2, 2, 1).mean(-1)",
+            f"{{0}}.unfold({last}, 3, 2).amax(-1)",
+            f"{{0}}.expand(-1, -1, *[-1] * {self.axes})",
+            "{0}.expand_as({0})",
+            f"{{0}}.repeat(1, 2, *[1] * {self.axes})",
+            "{0}.to(torch.float64)",
+            "{0}.flip(1)",
+            "{0}.roll(1, 1)",
+        ]
+        return self.viewed(self.choice(forms).format(v))
+
+    def of_samples(self) -> str | None:
+        """What combines positions of a sample."""
+        v = self.value()
+        c = self.size(v)[1]
+        axes = tuple(range(2, self.axes + 2))
+        groups = self.choice([g for g in (1, 2, 3) if c % g == 0])
+        pool = f"F.adaptive_{self.choice(['avg', 'max'])}_pool{self.axes}d({v}, {self.choice([1, 2, self.each(1, 3)])})"
+        tokens = f"{v}.flatten(2).transpose(1, 2)"
+        forms = [
+            f"{v} * torch.sigmoid({v}.mean({axes}, keepdim=True))",
+            f"{v} * F.adaptive_avg_pool{self.axes}d({v}, 1)",
+            f"F.interpolate({pool}, size={v}.shape[2:])",
+            pool,
+            f"F.softmax({v}, -1)",
+            f"{v}.flatten(2).softmax(-1).view({v}.shape)",
+            f"{v}.cumsum(2)",
+            f"{v}.flip({axes})",
+            f"{v}.roll(1, 2)",
+            f"{v} - {v}.mean({axes}, keepdim=True)",
+            f"{v} / ({v}.std({axes}, keepdim=True) + 1)",
+            f"{v}.transpose(2, -1)",
+            f"{v} @ torch.ones({self.size(v)[-1]}, 3, dtype=torch.float64)",
+            f"torch.bmm({v}.flatten(2), {tokens}).softmax(-1).bmm({v}.flatten(2)).view({v}.shape)",
+            f"F.scaled_dot_product_attention({tokens}, {tokens}, {tokens}).transpose(1, 2).reshape({v}.shape)",
+            f"F.group_norm({v}, {groups})",
+            f"torch.cat([{v}, {v}.flip(2)], 2)",
+            f"{v}.reshape({v}.size(0), -1).sum(1).view(-1, 1, *[1] * {self.axes}) * {v}",
+            f"F.pad({v}, ({', '.join(['1, 1'] * self.axes)}), mode='circular')",
+            f"F.avg_pool{self.axes}d({v}, {v}.shape[2:])",
+        ]
+        module = self.choice(
+            [
+                f"nn.GroupNorm({groups}, {c})",
+                f"nn.InstanceNorm{self.axes}d({c}, affine=True)",
+                f"nn.Conv{self.axes}d({c}, 2, 3, padding=1, padding_mode='circular')",
+                f"nn.AdaptiveAvgPool{self.axes}d({self.choice([1, 2])})",
+                f"nn.LayerNorm({self.size(v)[1:]})",
+            ]
+        )
+        self.network.per_sample = True
+        if self.chance(4):
+            self.network.fixed |= "LayerNorm" in module
+            return self.line(f"{self.attribute('m', module)}({v})")
+        form = self.choice(forms)
+        self.network.fixed |= "torch.ones" in form
+        return self.viewed(form)
 
     def same(self) -> str | None:
         """What returns its input."""
@@ -387,7 +583,7 @@ class Builder:
         if "{1}" in form and u is None:
             return None
         if self.chance(3):
-            u = self.parameter(1, self.size(v)[1], 1, 1)
+            u = self.parameter(1, self.size(v)[1], *(1,) * self.axes)
         elif u is not None and self.size(u) != self.size(v) and self.storage(u) == self.storage(v):
             return None  # reads what it overwrites: what torch computes then depends on its loops
         return self.overwrite(v, form.format(v, u), f"  # joins {v} {u}" if u in self.values and "{1}" in form else "")
@@ -429,13 +625,34 @@ class Builder:
         return self.network
 
 
-_FAMILIES = (
+_LOCAL = (
     [Builder.convolution] * 6
     + [Builder.max_pool, Builder.average_pool, Builder.activation, Builder.with_constant, Builder.joined] * 2
     + [Builder.overwritten] * 4
     + [Builder.concatenated, Builder.cropped_and_joined, Builder.padded, Builder.sliced] * 2
     + [Builder.batch_norm, Builder.elementwise, Builder.same, Builder.again]
+    + [Builder.resampled, Builder.over_channels, Builder.of_sizes] * 2
+    + [Builder.transposed, Builder.shuffled]
 )
+_OF_SAMPLES = [*_LOCAL, *[Builder.of_samples] * 10]
+_OVER_CHANNELS = [
+    "{0}.softmax(1)",
+    "F.log_softmax({0}, dim=1)",
+    "F.normalize({0}, dim=1, eps=0.1)",
+    "F.local_response_norm({0}, 3)",
+    "{0}.cumsum(1)",
+    "torch.logsumexp({0}, 1, keepdim=True)",
+    "{0}.std(1, keepdim=True, correction=0).sqrt().detach() + {0}",
+    "{0}.max(1, keepdim=True)[0]",
+    "torch.min({0}, dim=1, keepdim=True).values",
+    "{0}.mean(axis=1, keepdims=True)",
+    "{0} / ({0}.norm(dim=1, keepdim=True) + 1)",
+    "torch.linalg.vector_norm({0}, 3, dim=1, keepdim=True)",
+    "{0}.argmax(1, keepdim=True) * 0.1 + {0}",
+    "{0}.index_select(1, torch.tensor([0, {1} - 1]))",
+    "{0}.prod(1, keepdim=True)",
+    "({0} > 0).any(1, keepdim=True) * {0}",
+]
 _WITH_INPLACE = "CELU ELU Hardsigmoid Hardswish Hardtanh LeakyReLU Mish ReLU ReLU6 RReLU SELU SiLU Threshold".split()
 _ACTIVATIONS = [
     *_WITH_INPLACE,
@@ -515,9 +732,17 @@ SIZES = st.one_of(st.integers(1, 12), st.integers(1, 40), st.sampled_from([7, 13
 
 
 @st.composite
+def sizes(draw: Draw, axes: int) -> Shape:
+    """Of an image."""
+    return tuple(draw(SIZES if axes < 3 else st.integers(1, 9)) for _ in range(axes))
+
+
+@st.composite
 def networks(draw: Draw) -> Network:
-    shape = (draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 4)), draw(SIZES), draw(SIZES))
-    builder = Builder(draw, shape)
+    axes = draw(st.sampled_from([1, 2, 2, 2, 2, 3]))
+    per_sample = draw(st.sampled_from([False, False, False, True]))
+    shape = (draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(1, 4)), *draw(sizes(axes)))
+    builder = Builder(draw, shape, per_sample)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(draw(st.integers(4, 18))):
@@ -529,23 +754,26 @@ def networks(draw: Draw) -> Network:
 
 
 @st.composite
-def tile_shapes(draw: Draw, shape: Shape) -> Any:
+def tile_shapes(draw: Draw, network: Network) -> Any:
     """Any form of tile_shape, of not too many tiles."""
 
     def size(length: int) -> int:
-        return int(draw(st.integers(-(-length // 7), length + 2)))
+        return int(draw(st.integers(-(-length // (7 if len(spatial) < 3 else 3)), length + 2)))
 
-    n, c, h, w = shape
-    tile = (draw(st.integers(1, n)), draw(st.sampled_from([None, c])), size(h), size(w))
-    form = draw(st.sampled_from(["int", "HW", "HW", "H", "W", "NCHW", "NC", "NCH"]))
+    n, c, *spatial = network.shape
+    front = (draw(st.integers(1, n)), draw(st.sampled_from([None, c])))
+    if network.per_sample:
+        return (*front, *[None] * len(spatial))
+    tile = tuple(size(length) for length in spatial)
+    some = tuple(length if draw(st.booleans()) else None for length in tile)
+    form = draw(st.sampled_from(["int", "spatial", "spatial", "some", "all", "batch", "batch and some"]))
     forms = {
-        "int": max(tile[2:]),
-        "HW": tile[2:],
-        "H": (tile[2], None),
-        "W": (None, tile[3]),
-        "NCHW": tile,
-        "NC": (tile[0], tile[1], None, None),
-        "NCH": (tile[0], tile[1], tile[2], None),
+        "int": max(tile),
+        "spatial": tile,
+        "some": some if any(some) else tile,
+        "all": (*front, *tile),
+        "batch": (*front, *[None] * len(tile)),
+        "batch and some": (*front, *some),
     }
     return forms[form]
 
@@ -553,16 +781,16 @@ def tile_shapes(draw: Draw, shape: Shape) -> Any:
 @st.composite
 def cases(draw: Draw) -> Case:
     network = draw(networks())
-    return network, draw(tile_shapes(network.shape)), draw(st.booleans()), (draw(SIZES), draw(SIZES))
+    return network, draw(tile_shapes(network)), draw(st.booleans()), draw(sizes(len(network.shape) - 2))
 
 
-def check(network: Network, tile_shape: Any, freeze: bool, other: tuple[int, int]) -> None:
+def check(network: Network, tile_shape: Any, freeze: bool, other: Shape) -> None:
     """The property: streamed whole and exactly, or refused where the plain model fails on the size."""
     freeze = freeze and not network.may_stop  # a batch norm in the head keeps its mode
     model = network.build()
     model.train(freeze)
     for name, module in model.named_modules():
-        if name and not (freeze and isinstance(module, nn.BatchNorm2d)):
+        if name and not (freeze and isinstance(module, _BatchNorm)):
             module.eval()
     torch.manual_seed(0)
     image = torch.randn(network.shape, dtype=torch.double)
@@ -572,7 +800,7 @@ def check(network: Network, tile_shape: Any, freeze: bool, other: tuple[int, int
         warnings.simplefilter("ignore", UserWarning)  # torch's, about even 'same' kernels
         if network.fails:
             # What is left to the head, or lies along an axis that is not streamed, fails with torch's own error.
-            own = network.may_stop or (isinstance(tile_shape, tuple) and None in tile_shape[-2:])
+            own = network.may_stop or (isinstance(tile_shape, tuple) and None in tile_shape[-len(other) :])
             with pytest.raises(RuntimeError if own else fxstream.StreamingError):
                 fxstream.convert(model, tile_shape, freeze_batchnorm=freeze, example_input=image)(image)
             event("refused")

@@ -439,3 +439,49 @@ def test_an_operation_does_not_read_a_view_of_what_it_overwrites() -> None:
     model = Net(_reads_a_view_of_what_it_overwrites)
     converted = fxstream.convert(model, 3)
     assert "iadd" in [node.name for node in converted.graph.nodes]
+
+
+@pytest.mark.parametrize("tile", [(2, None, None, None), (1, None)], ids=str)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)])
+def test_the_gradient_of_a_batch_norm_on_a_block_of_one_image_or_row(norm: nn.Module, tile: Any) -> None:
+    """torch's own is wrong if it comes channels_last, as that of a Linear does; of the whole image it is right."""
+    model = Net(lambda m, x: torch.einsum("nchw,ck->nhwk", m.norm(m.first(x)), m.scale.view(4, 1)))
+    model.norm = norm
+    assert_exact(randomise(model).eval(), (3, 2, 9, 8), tile, whole=True)
+
+
+def test_a_comparison_is_not_a_view_of_what_it_compares() -> None:
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        y = m.first(x)
+        return y.masked_fill_(y > 0, 0.1)
+
+    assert_exact(randomise(Net(body)), (2, 2, 9, 8), 3, whole=True)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_two_results_only_the_values_require_a_gradient(place: int) -> None:
+    model = Net(lambda m, x: m.first(x).max(1)[place])
+    assert_exact(randomise(model), (2, 2, 9, 8), 3, whole=True)
+
+
+def test_average_pooling_of_volumes_refuses_what_torch_refuses() -> None:
+    """Its kernel must fit the image without the padding, unlike that of images."""
+    model = nn.Sequential(nn.Conv3d(1, 1, 1), nn.AvgPool3d(3, padding=1))
+    image = torch.randn(1, 1, 2, 5, 5)
+    with pytest.raises(RuntimeError, match="smaller than kernel size"):
+        model(image)
+    with pytest.raises(fxstream.ImageTooSmallError):
+        fxstream.convert(model, 2)(image)
+
+
+def test_nearest_neighbours_have_the_gradient_of_what_they_are() -> None:
+    """In float64, torch's own backward of these sizes takes other neighbours than its forward: ours does not."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Upsample(scale_factor=2.7)).double()
+    nn.init.ones_(model[0].weight)
+    image = torch.randn(1, 1, 40, 40, dtype=torch.double, requires_grad=True)
+    enlarged = fxstream.convert(model, 9)(image)
+    torch.testing.assert_close(enlarged, model(image), rtol=0, atol=0)
+    upstream = torch.randn_like(enlarged)
+    (gradient,) = torch.autograd.grad(enlarged, image, upstream)
+    # The operation is linear: <gradient, image> = <upstream, enlarged>.
+    torch.testing.assert_close((gradient * image).sum(), (upstream * enlarged).sum())

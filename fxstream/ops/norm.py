@@ -35,9 +35,29 @@ def batch_norm(
         return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 
     def run(block: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(block, mean, var, weight, bias, False, 0.0, eps)
+        return _strided_alike(F.batch_norm(block, mean, var, weight, bias, False, 0.0, eps))
 
     return Local((x,), x.dims, run)
+
+
+def _strided_alike(result: torch.Tensor) -> torch.Tensor:
+    """Have the gradient of a batch norm laid out in memory as its result is.
+
+    torch (2.6 to 2.15, on the CPU) computes a wrong gradient of the input if that of the output is channels_last and
+    the output is not, where this is ambiguous: of a single image, or a single row, which blocks are more often than
+    whole images.
+    """
+
+    strides = result.stride()
+
+    def lay_out(gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.stride() == strides:
+            return gradient
+        return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
+
+    if result.requires_grad:
+        result.register_hook(lay_out)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return result
 
 
 def batch_norm_module(m: Any, input: Value) -> Local | NotLocal:
@@ -78,7 +98,11 @@ def instance_norm(m: Any, input: Value) -> Local | NotLocal:
             "use a batch norm with running statistics (freeze_batchnorm=True)",
         )
     weight, bias, eps = m.weight, m.bias, m.eps
-    return Local((input,), input.dims, lambda block: F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))
+
+    def run(block: torch.Tensor) -> torch.Tensor:
+        return _strided_alike(F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))
+
+    return Local((input,), input.dims, run)
 
 
 _register(nn.BatchNorm1d, batch_norm_module, (2, 3), None)

@@ -127,9 +127,13 @@ def converted(function: Callable[..., torch.Tensor], input: Any, *args: Any, **k
 def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
     """Its result requires no gradient, whatever its arguments do."""
     local = pointwise(function, *args, **kwargs)
-    if not isinstance(local, Local):
-        return local
-    return replace(local, differentiable=False, aliases=args[0] if isinstance(args[0], Value) else None)
+    return replace(local, differentiable=False) if isinstance(local, Local) else local
+
+
+def detached(function: Callable[..., torch.Tensor], input: Value, **kwargs: Any) -> Local | NotLocal:
+    """The same, which may return its argument itself."""
+    local = cast(function, input, **kwargs)
+    return replace(local, differentiable=False) if isinstance(local, Local) else local
 
 
 for _name in "to type_as".split():
@@ -141,12 +145,15 @@ register(operator.pos)(partial(cast, operator.pos))
 
 _UNDIFFERENTIABLE = """
     bitwise_and bitwise_not bitwise_or bitwise_xor eq ge greater greater_equal gt isclose isfinite isinf isnan le less
-    less_equal logical_and logical_not logical_or logical_xor lt ne not_equal signbit bool detach int long
+    less_equal logical_and logical_not logical_or logical_xor lt ne not_equal signbit
 """.split()
 for _name in _UNDIFFERENTIABLE:
     register(_name)(partial(undifferentiable, getattr(torch.Tensor, _name)))
     if callable(_function := getattr(torch, _name, None)):
         register(_function)(partial(undifferentiable, _function))
+for _name in "bool detach int long".split():
+    register(_name)(partial(detached, getattr(torch.Tensor, _name)))
+register(torch.detach)(partial(detached, torch.detach))
 for _function in (torch.full_like, torch.ones_like, torch.zeros_like):
     register(_function)(partial(undifferentiable, _function))
 for _name in "invert eq ne lt le gt ge and_ or_ xor".split():

@@ -96,6 +96,8 @@ def average_pooling(
     windows = _windows(axes, kernel, stride, padding, 1, ceil_mode)
     if problem := _oversized_padding(windows):
         return problem
+    if axes == 3:
+        _check_size(x, windows)
     kernels, strides = zip(*((w.kernel, w.stride) for w in windows.values()), strict=True)
     function = _AVG[axes]
     margins = [window.before if count_include_pad else 0 for window in windows.values()]
@@ -110,6 +112,14 @@ def average_pooling(
         return means if divisor_override is None else means * (math.prod(kernels) / divisor_override)
 
     return Local((x,), x.slid(windows), run, dict(windows))
+
+
+def _check_size(x: Value, windows: dict[int, Sliding]) -> None:
+    """torch's own condition on average pooling of volumes, which the padding does not count for."""
+    for dim, window in windows.items():
+        length = x.dims[dim].known
+        if length is not None and length < window.kernel:
+            raise ValueError(f"{length} rows are fewer than the {window.kernel} of its kernel")
 
 
 @lru_cache(maxsize=4096)

@@ -48,35 +48,36 @@ class _Axis:
 
 
 class _Like(NamedTuple):
-    """What torch's choice of arithmetic for nearest neighbours hangs on."""
+    """What torch's choice of arithmetic for nearest neighbours hangs on (ATen/native/cpu/UpSampleKernel.cpp)."""
 
     dtype: torch.dtype
     device: torch.device
-    rank: int
     channels: int = 1
     """Their number where they lie next to each other in memory (channels_last), else 1."""
+    others: tuple[int, ...] = ()
+    """Rows of the result along the other axes."""
 
     @staticmethod
-    def of(block: torch.Tensor) -> _Like:
+    def of(block: torch.Tensor, others: tuple[int, ...]) -> _Like:
         # Integers up to the size of any axis must be exact in it; what torch does with shorter types is the same.
         dtype = block.dtype if block.dtype.itemsize > 2 else torch.float32
-        channels = block.size(1) if block.dim() > 3 and block.stride(1) == 1 else 1
-        return _Like(dtype, block.device, block.dim(), channels)
+        channels = block.size(1) if others and block.stride(1) == 1 else 1
+        # It does not matter by how much a result is larger than 128 rows.
+        return _Like(dtype, block.device, channels, tuple(min(size, 129) for size in others))
 
 
 @lru_cache(maxsize=256)
 def _nearest(axis: _Axis, like: _Like) -> torch.Tensor:
-    """For every output row the input row that it is, (1, size): torch's own answer to numbered rows."""
-    shape = (1, like.channels, *(2,) * (like.rank - 3), axis.length)
-    rows = torch.arange(axis.length, device=like.device).to(like.dtype).expand(shape)
+    """For every output row the input row that it is: torch's own answer to numbered rows."""
+    rows = torch.arange(axis.length, device=like.device).to(like.dtype)
+    rows = rows.expand(1, like.channels, *(1,) * len(like.others), axis.length)
     if like.channels > 1:
-        rows = rows.contiguous(memory_format=torch.channels_last if like.rank == 4 else torch.channels_last_3d)
-    others = like.rank - 3
-    target: dict[str, Any] = {"size": (*(2,) * others, axis.size)}
+        rows = rows.contiguous(memory_format=torch.channels_last if rows.dim() == 4 else torch.channels_last_3d)
+    target: dict[str, Any] = {"size": (*like.others, axis.size)}
     if axis.scale is not None:
-        target = {"scale_factor": (*(1.0,) * others, float(axis.scale))}
+        target = {"scale_factor": (*map(float, like.others), float(axis.scale))}
     found = F.interpolate(rows, **target, mode=axis.mode)
-    return found[(0,) * (like.rank - 1)].long().unsqueeze(0)
+    return found[(0,) * (rows.dim() - 1)].long()
 
 
 @lru_cache(maxsize=256)
@@ -124,7 +125,7 @@ def _window(axis: _Axis) -> Table:
     """The rows that are read, whichever precision their numbers are computed in."""
     precisions = (torch.float32, torch.float64)
     if _TAPS[axis.mode] == 1:
-        rows = torch.cat([_nearest(axis, _Like(dtype, torch.device("cpu"), 3)) for dtype in precisions])
+        rows = torch.stack([_nearest(axis, _Like(dtype, torch.device("cpu"))) for dtype in precisions])
     else:
         rows = torch.cat([_weighted(axis, dtype)[0] for dtype in precisions])
     # Rounding may put rows of weight 0 out of order.
@@ -146,17 +147,6 @@ def _nominal(mode: str, scale: float | None) -> Table:
     return Table(0, (), (), stride, _TAPS[mode] + spread, before)
 
 
-def _resampled(block: torch.Tensor, axis: _Axis, dim: int, span: Span) -> torch.Tensor:
-    """Rows `[span.start, span.stop)` along one dimension, of which the block holds the input rows."""
-    wanted = slice(span.start, span.stop)
-    if _TAPS[axis.mode] == 1:
-        return block.index_select(dim, _nearest(axis, _Like.of(block))[0, wanted] - span.lo)
-    rows, weights = (part[:, wanted].to(block.device) for part in _weighted(axis, block.dtype))
-    shaped = weights.view(*weights.shape, *(1,) * (block.dim() - dim - 1))
-    parts = [block.index_select(dim, row - span.lo) * weight for row, weight in zip(rows, shaped, strict=True)]
-    return torch.stack(parts).sum(0)
-
-
 def _natively(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
     factors = [axis.factor or 1 for axis in axes]
     corners = {"align_corners": False} if _TAPS[axes[0].mode] > 1 else {}
@@ -166,15 +156,28 @@ def _natively(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span])
     return result
 
 
-def _gathered(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+def _picked(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    """Nearest neighbours: rows of the input."""
     dtype = _dtype_of_result(block, axes[0].mode)
-    if _TAPS[axes[0].mode] > 1:
-        if not block.is_floating_point():
-            raise InputError(f"interpolation in mode '{axes[0].mode}' streams floating-point values, not {block.dtype}")
-        if block.dtype.itemsize < 4:  # torch, too, adds these up in float32
-            block = block.float()
+    sizes = [axis.size for axis in axes]
+    likes = [_Like.of(block, (*sizes[:index], *sizes[index + 1 :])) for index in range(len(axes))]
+    for dim, (axis, like, span) in enumerate(zip(axes, likes, spans, strict=True), start=2):
+        block = block.index_select(dim, _nearest(axis, like)[span.start : span.stop] - span.lo)
+    return block.to(dtype)
+
+
+def _weighed(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    """Weighted sums of rows of the input."""
+    if not block.is_floating_point():
+        raise InputError(f"interpolation in mode '{axes[0].mode}' streams floating-point values, not {block.dtype}")
+    dtype = _dtype_of_result(block, axes[0].mode)
+    if block.dtype.itemsize < 4:  # torch, too, adds these up in float32
+        block = block.float()
     for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
-        block = _resampled(block, axis, dim, span)
+        rows, weights = (part[:, span.start : span.stop].to(block.device) for part in _weighted(axis, block.dtype))
+        shaped = weights.view(*weights.shape, *(1,) * (block.dim() - dim - 1))
+        parts = [block.index_select(dim, row - span.lo) * weight for row, weight in zip(rows, shaped, strict=True)]
+        block = torch.stack(parts).sum(0)
     return block.to(dtype)
 
 
@@ -218,7 +221,7 @@ def interpolate(
         _Axis(mode, length, target, scale, corners)
         for length, target, scale in zip(map(_integer, lengths), map(_integer, targets), scales, strict=True)
     ]
-    run = _natively if all(axis.factor for axis in plan) else _gathered
+    run = _natively if all(axis.factor for axis in plan) else _picked if _TAPS[mode] == 1 else _weighed
     windows = {dim: _window(axis) for dim, axis in enumerate(plan, start=2)}
     return Local((input,), dims, lambda block, *spans: run(block, plan, spans), windows)
 
