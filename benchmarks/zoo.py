@@ -3,7 +3,8 @@
     python benchmarks/zoo.py
 
 Models are built without weights on the meta device (nothing is downloaded and nothing computed), in eval mode. The
-share is that of the FLOPs of one forward, counted by torch.utils.flop_counter, that the streamed part does.
+shares are those of the FLOPs of one forward, counted by torch.utils.flop_counter, that the streamed part does: streamed
+along all spatial axes, to which everything else in the table refers, and streamed along the batch alone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ _KINDS = {
     torchvision.models.video: "video",
 }
 _SIZES = {"inception_v3": 299}
-HEADERS = ["model", "streamed up to", "share", "receptive field", "stride", "why it stops there"]
+HEADERS = [
+    "model",
+    "traced",
+    "streamed up to",
+    "share",
+    "receptive field",
+    "stride",
+    "why it stops there",
+    "along the batch",
+]
 
 
 def image_of(name: str, kind: str) -> torch.Tensor:
@@ -53,34 +63,39 @@ def build(name: str) -> nn.Module:
         return builder(weights=None, **options).eval().to("meta")
 
 
-def streamed_share(converted: nn.Module, image: torch.Tensor) -> float:
+def streamed_share(model: nn.Module, tile_shape: Any, image: torch.Tensor) -> str:
     """The part of a forward's FLOPs that the submodule `streamed` does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fxstream.StreamingWarning)
+            converted = fxstream.convert(model, tile_shape)
+    except fxstream.NothingToStreamError:
+        return "0%"
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         converted(image)
     counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
-    return sum(count for module, count in counts.items() if module.endswith(".streamed")) / counts["Global"]
+    share = sum(count for module, count in counts.items() if module.endswith(".streamed")) / counts["Global"]
+    return f"{share:.1%}"
 
 
 def row(name: str, kind: str) -> list[str]:
     model, image = build(name), image_of(name, kind)
     try:
         analysis = fxstream.analyze(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fxstream.StreamingWarning)
-            converted = fxstream.convert(model, max(image.shape))
-    except fxstream.StreamingError as error:
-        return [name, "nothing", "0%", "", "", " ".join(str(error).split())]
-    share = streamed_share(converted, image)
+    except fxstream.TraceError as error:
+        return [name, "no", "nothing", "0%", "", "", " ".join(str(error).split()), "0%"]
     fields = (analysis.receptive_field(node) for node in reversed(analysis.outputs))  # a size has none
     field = next(filter(None, fields), {})
     stop = analysis.stops[0].reason.split(" Way out:")[0] if analysis.stops else "it streams whole"
     return [
         name,
-        ", ".join(node.name for node in analysis.outputs),
-        f"{share:.1%}",
+        "yes",
+        ", ".join(node.name for node in analysis.outputs) or "nothing",
+        streamed_share(model, max(image.shape), image),
         " x ".join(dict.fromkeys(str(one.size) for one in field.values())),
         " x ".join(dict.fromkeys(str(one.stride) for one in field.values())),
         stop,
+        streamed_share(model, (1, *[None] * (image.dim() - 1)), image),
     ]
 
 

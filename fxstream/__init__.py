@@ -16,6 +16,7 @@ from .errors import (
     TileShapeError,
     TraceError,
 )
+from .ops import register
 
 __all__ = [
     "Analysis",
@@ -35,4 +36,5 @@ __all__ = [
     "TraceError",
     "analyze",
     "convert",
+    "register",
 ]

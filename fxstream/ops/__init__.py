@@ -1,5 +1,10 @@
-"""The built-in rules, one module a family; importing this package registers them."""
+"""The words in which a streaming rule speaks, and the built-in rules, one module a family.
 
+Importing this package registers the built-in rules. docs/your_own_op.md shows how to write one.
+"""
+
+from ..axes import Dim, Value
+from ..window import Sliding, Span, Transposed, Window
 from . import (
     attention,
     channels,
@@ -18,8 +23,10 @@ from . import (
     unfold,
     whole,
 )
+from .border import fit
 from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, functions, register, rule_for
 
-__all__ = ["Answer", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Unknown", "functions", "register", "rule_for"]
+__all__ = ["Answer", "Dim", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Sliding", "Span", "Transposed", "Unknown"]
+__all__ += ["Value", "Window", "fit", "functions", "register", "rule_for"]
 __all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
 __all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]
