@@ -25,6 +25,8 @@ from .registry import Answer, Local, NotLocal, Unknown, register
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
 _WAY_OUT = "use a mode of " + ", ".join(_TAPS) + " without antialiasing"
+_BAND = 64
+"""Rows that are computed by one matrix product: few enough for its matrix to hold little else than weights."""
 _RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 
 
@@ -122,12 +124,14 @@ def _cubic(fraction: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _window(axis: _Axis) -> Table:
-    """The rows that are read, whichever precision their numbers are computed in."""
-    precisions = (torch.float32, torch.float64)
+    """The rows that are read, whichever arithmetic their numbers are computed in."""
     if _TAPS[axis.mode] == 1:
-        rows = torch.stack([_nearest(axis, _Like(dtype, torch.device("cpu"))) for dtype in precisions])
+        cpu, precisions = torch.device("cpu"), (torch.float32, torch.float64)
+        # Images that are channels_last have kernels of their own.
+        likes = [like for dtype in precisions for like in (_Like(dtype, cpu), _Like(dtype, cpu, 4, (1,)))]
+        rows = torch.stack([_nearest(axis, like) for like in likes])
     else:
-        rows = torch.cat([_weighted(axis, dtype)[0] for dtype in precisions])
+        rows = torch.cat([_weighted(axis, dtype)[0] for dtype in (torch.float32, torch.float64)])
     # Rounding may put rows of weight 0 out of order.
     first = rows.amin(0).flip(0).cummin(0).values.flip(0)
     end = rows.amax(0).cummax(0).values + 1
@@ -173,12 +177,27 @@ def _weighed(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) 
     dtype = _dtype_of_result(block, axes[0].mode)
     if block.dtype.itemsize < 4:  # torch, too, adds these up in float32
         block = block.float()
-    for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
-        rows, weights = (part[:, span.start : span.stop].to(block.device) for part in _weighted(axis, block.dtype))
-        shaped = weights.view(*weights.shape, *(1,) * (block.dim() - dim - 1))
-        parts = [block.index_select(dim, row - span.lo) * weight for row, weight in zip(rows, shaped, strict=True)]
-        block = torch.stack(parts).sum(0)
+    with torch.autocast(block.device.type, enabled=False):
+        for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
+            block = _weighed_along(block, dim, axis, span)
     return block.to(dtype)
+
+
+def _weighed_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) -> torch.Tensor:
+    """Rows `[span.start, span.stop)` along one dimension, as products with bands of the matrix of weights."""
+    bands = []
+    for start in range(span.start, span.stop, _BAND):
+        rows, weights = (part[:, start : min(start + _BAND, span.stop)] for part in _weighted(axis, block.dtype))
+        first, last = int(rows.min()), int(rows.max())
+        matrix = weights.new_zeros(rows.size(1), last + 1 - first).scatter_add_(1, (rows - first).t(), weights.t())
+        matrix = matrix.to(block.device)
+        read = block.narrow(dim, first - span.lo, last + 1 - first)
+        if dim == block.dim() - 1:
+            bands.append(read @ matrix.t())
+        else:
+            product = matrix @ read.flatten(dim + 1)
+            bands.append(product.reshape(*product.shape[:-1], *block.shape[dim + 1 :]))
+    return torch.cat(bands, dim)
 
 
 def _dtype_of_result(block: torch.Tensor, mode: str) -> torch.dtype:
