@@ -176,7 +176,10 @@ def define(found: Answer, index: int) -> Any:
         for part in parts
         if not isinstance(part, NotLocal)
     )
-    return values if isinstance(found, tuple) else values[0]
+    if not isinstance(found, tuple):
+        return values[0]
+    kind: Any = type(found)
+    return kind(*values) if hasattr(found, "_fields") else values
 
 
 @dataclass(frozen=True)

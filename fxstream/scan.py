@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
+from torch.utils._pytree import tree_map
 
 from .axes import Extent, Value
 from .call import Call
@@ -51,7 +51,7 @@ class Scan:
         """What the graph returns, with the outputs' tensors in place of values."""
         by_index = dict(zip(self.outputs, tensors, strict=True))
         fill = lambda leaf: by_index[leaf.index] if isinstance(leaf, Value) else leaf  # noqa: E731
-        return tuple(_as_size(fx.node.map_aggregate(result, fill)) for result in self.results)
+        return tuple(_as_size(tree_map(fill, result)) for result in self.results)
 
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for (a part of) the value is of any use."""
@@ -104,6 +104,8 @@ class Scan:
             for slot, gradient in zip(trained, gradients_of_leaves[len(tape.leaves) :], strict=True):
                 if gradient is not None:
                     _total(totals, slot, self.tensors[slot]).add_(gradient)
+            # Nothing of this tile shall be alive while the next one is computed.
+            del tape, roots, parts, gradients_of_leaves, gradient
         return [totals.get(slot) for slot in range(len(self.tensors))]
 
     def _tile(

@@ -61,7 +61,8 @@ def check_op(
         try:
             _check(model, size, tile, tolerance, torch.Generator().manual_seed(seed + trial))
         except Exception as error:
-            raise AssertionError(f"{op} on an image of {size} with tile_shape={tile}: {error}") from error
+            name = getattr(op, "__qualname__", op)
+            raise AssertionError(f"{name} on an image of {size} with tile_shape={tile}: {error}") from error
 
 
 class _Scaled(nn.Module):
@@ -80,6 +81,17 @@ def _as_module(op: nn.Module | Callable[..., Any], args: Sequence[Any], kwargs: 
     """The call of an operation, as one node of a graph where a rule is there for it."""
     root, graph = nn.Module(), fx.Graph()
     image = graph.placeholder("image")
+
+    def attribute(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        name = f"tensor{len(list(root.parameters())) + len(list(root.buffers()))}"
+        register = root.register_parameter if isinstance(value, nn.Parameter) else root.register_buffer
+        register(name, value)  # type: ignore[arg-type]  # a Parameter where it must be one
+        return graph.get_attr(name)
+
+    if isinstance(op, nn.Module) or rule_for(op) is not None:
+        args, kwargs = fx.node.map_aggregate((tuple(args), kwargs), attribute)
     if isinstance(op, nn.Module):
         root.op = op
         graph.output(graph.call_module("op", (image, *args), kwargs))
@@ -109,13 +121,13 @@ def _check(
     converted = convert(model, tile, example_input=image)
     try:
         model(image)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         _assert_refused(converted, image, error)
     else:
         compare(model, converted, image, tolerance)
 
 
-def _assert_refused(converted: nn.Module, image: torch.Tensor, reason: RuntimeError) -> None:
+def _assert_refused(converted: nn.Module, image: torch.Tensor, reason: Exception) -> None:
     try:
         converted(image)
     except RuntimeError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,12 @@ class _Tracer(fx.Tracer):
                 "it computes inside torch.no_grad, torch.autocast or the like, which fx does not record"
             )
         return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> fx.node.Argument:
+        # fx would make a plain dict of it.
+        if type(a) is OrderedDict:
+            return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> Proxy:
         return _Proxy(node, self)

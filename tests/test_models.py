@@ -17,9 +17,15 @@ import torchvision
 from reference import assert_exact, randomise
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.efficientnet import EfficientNet, FusedMBConvConfig, MBConvConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.segmentation.deeplabv3 import _deeplabv3_mobilenetv3, _deeplabv3_resnet
+from torchvision.models.segmentation.fcn import _fcn_resnet
+from torchvision.models.segmentation.lraspp import _lraspp_mobilenetv3
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.video import resnet as video_resnet
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 import fxstream
 
@@ -315,3 +321,76 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize("tile", [32, (None, 20)], ids=str)
 def test_pyramid_of_several_outputs(size: tuple[int, int], tile: Any) -> None:
     assert_exact(normed(Pyramid()), (2, 3, *size), tile, whole=True)
+
+
+class PlainDict(nn.Module):
+    """A model whose outputs are an OrderedDict, of which a trace makes a dict."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.m = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(self.m(x))
+
+
+def _dilated_resnet() -> ResNet:
+    """One block a stage of the backbone of fcn_resnet50 and deeplabv3_resnet50."""
+    return ResNet(Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=[False, True, True])
+
+
+def _mobilenet() -> nn.Module:
+    return torchvision.models.mobilenet_v3_large(dilated=True)
+
+
+def _feature_pyramid(extra: nn.Module) -> nn.Module:
+    layers = {f"layer{level}": str(level) for level in (1, 2, 3)}
+    return BackboneWithFPN(ResNet(BasicBlock, [1, 1, 1, 1]), layers, [64, 128, 256], 8, extra)
+
+
+# Dense prediction: how to build it, what the head gets when space is streamed, and when the batch is, and whether
+# convolutions stay behind where space is.
+_DEEPLAB = [f"m_classifier_0_convs_{branch}_2" for branch in range(4)]
+_FPN = [f"m_fpn_layer_blocks_{level}_0" for level in (2, 1, 0)]
+DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
+    "fcn": (
+        lambda: _fcn_resnet(_dilated_resnet(), 3, True),
+        ["interpolate", "interpolate_1"], ["interpolate", "interpolate_1"], False,
+    ),
+    "deeplab": (
+        # Its image pooling spans the image; the other branches and the auxiliary head do not.
+        lambda: _deeplabv3_resnet(_dilated_resnet(), 3, True),
+        ["m_backbone_layer4_0_relu_2", *_DEEPLAB, "getitem_1", "interpolate_2"],
+        ["interpolate_1", "interpolate_2"], True,
+    ),
+    "deeplab of mobilenet": (
+        lambda: _deeplabv3_mobilenetv3(_mobilenet(), 3, True),
+        ["m_backbone_4_block_1_2"], ["interpolate_1", "interpolate_2"], True,
+    ),
+    "lraspp": (lambda: _lraspp_mobilenetv3(_mobilenet(), 3), ["m_backbone_4_block_1_2"], ["interpolate_1"], True),
+    "fpn": (lambda: _feature_pyramid(LastLevelMaxPool()), [*_FPN, "max_pool2d"], [*_FPN, "max_pool2d"], False),
+    "fpn p6 p7": (
+        lambda: _feature_pyramid(LastLevelP6P7(8, 8)),
+        [*_FPN, "m_fpn_extra_blocks_p6", "m_fpn_extra_blocks_p7"],
+        [*_FPN, "m_fpn_extra_blocks_p6", "m_fpn_extra_blocks_p7"], False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tile", "size"), [(24, (41, 37)), ((None, 7), (17, 31))], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_prediction(name: str, tile: Any, size: tuple[int, int]) -> None:
+    build, last, _, warns = DENSE[name]
+    with pytest.warns(fxstream.StreamingWarning) if warns else nullcontext():
+        assert_exact(PlainDict(normed(build())), (1, 3, *size), tile, last=last)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_prediction_along_the_batch(name: str) -> None:
+    build, _, last, _ = DENSE[name]
+    assert_exact(PlainDict(normed(build())), (3, 3, 17, 23), (2, None, None, None), last=last)
+
+
+def test_an_ordered_dict_stays_one() -> None:
+    """torch.fx alone would make a plain dict of it."""
+    assert_exact(normed(_feature_pyramid(LastLevelMaxPool())), (1, 3, 33, 29), 24, last="ordered_dict")

@@ -1,11 +1,13 @@
-"""Operations that make images larger: transposed convolutions and pixel shuffling, in decoders with long skips."""
+"""Operations that make images larger: transposed convolutions, pixel shuffling, resampling; in decoders with skips."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import assert_exact, randomise
 from torch import nn
 
@@ -91,3 +93,130 @@ def test_the_receptive_field_of_a_unet_has_the_stride_of_the_image() -> None:
     field = fxstream.analyze(UNet().eval()).receptive_field("last")
     assert field is not None
     assert field["H"].stride == 1
+
+
+class ResampledUNet(nn.Module):
+    """A U-Net for images of any size, which brings a level up by resampling."""
+
+    def __init__(self, up: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], width: int = 4) -> None:
+        super().__init__()
+        sizes = [width, 2 * width, 4 * width]
+        self.down = nn.ModuleList(UNet.block(old, new) for old, new in zip([3, *sizes], sizes, strict=False))
+        self.merge = nn.ModuleList(
+            UNet.block(old + new, new) for old, new in zip(sizes[:0:-1], sizes[1::-1], strict=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.last = nn.Conv2d(width, 2, 1)
+        self.up = up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for block in self.down:
+            x = block(self.pool(x) if skips else x)
+            skips.append(x)
+        x = skips.pop()
+        for merge, skip in zip(self.merge, reversed(skips), strict=True):
+            x = merge(torch.cat([skip, self.up(self, x, skip)], 1))
+        return self.last(x)
+
+
+def _padded(m: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    """Twice the size, centred on the skip: the odd row is padded."""
+    x = m.upsample(x)
+    rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+    return F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+
+
+def _cropped(m: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    return F.interpolate(x, scale_factor=2)[..., : skip.shape[-2], : skip.shape[-1]]
+
+
+UPSAMPLINGS = {
+    "corners": _padded,
+    "nearest": _cropped,
+    "to size": lambda m, x, skip: F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False),
+    "corners to size": lambda m, x, skip: F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=True),
+    "bicubic to size": lambda m, x, skip: F.interpolate(x, skip.size()[2:], mode="bicubic"),
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [((67, 53), 7), ((67, 53), (32, None)), ((31, 37), (1, 3, 24, 5)), ((41, 23), (2, None, None, None))],
+    ids=str,
+)
+@pytest.mark.parametrize("up", UPSAMPLINGS)
+def test_unet_of_resampling_streams_whole_on_odd_sizes(up: str, size: tuple[int, int], tile: Any) -> None:
+    assert_exact(randomise(ResampledUNet(UPSAMPLINGS[up])).eval(), (3, 3, *size), tile, whole=True)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * self.body(x)
+
+
+class SuperResolution(nn.Module):
+    """EDSR: residual blocks without norms, a skip over all of them, then `tail`; above a bicubic image if `factor`."""
+
+    def __init__(self, tail: nn.Module, factor: int | None = None, width: int = 8) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+        self.front = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Residual(width) for _ in range(3)), nn.Conv2d(width, width, 3, padding=1))
+        self.tail = tail
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.front(x - self.mean)
+        y = self.tail(y + self.blocks(y)) + self.mean
+        return y if self.factor is None else y + F.interpolate(x, scale_factor=self.factor, mode="bicubic").clamp(0, 1)
+
+
+def _shuffles(factors: tuple[int, ...]) -> nn.Module:
+    steps = (layer for r in factors for layer in (nn.Conv2d(8, 8 * r * r, 3, padding=1), nn.PixelShuffle(r)))
+    return nn.Sequential(*steps, nn.Conv2d(8, 3, 3, padding=1))
+
+
+def _resampled(factor: int, mode: str) -> nn.Module:
+    return nn.Sequential(
+        nn.Upsample(scale_factor=factor, mode=mode),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.PReLU(8),
+        nn.Conv2d(8, 3, 3, padding=1),
+    )
+
+
+SUPER_RESOLUTION: dict[str, Callable[[], nn.Module]] = {
+    "edsr x4": lambda: SuperResolution(_shuffles((2, 2))),
+    "edsr x3": lambda: SuperResolution(_shuffles((3,))),
+    "shuffled above bicubic x3": lambda: SuperResolution(_shuffles((3,)), 3),
+    "bicubic x3": lambda: SuperResolution(_resampled(3, "bicubic"), 3),
+    "nearest x2": lambda: SuperResolution(_resampled(2, "nearest")),
+}
+
+
+@pytest.mark.parametrize("tile", [5, (None, 11), (1, 3, 8, None), (2, None, None, None)], ids=str)
+@pytest.mark.parametrize("name", SUPER_RESOLUTION)
+def test_super_resolution(name: str, tile: Any) -> None:
+    assert_exact(randomise(SUPER_RESOLUTION[name]()), (3, 3, 17, 19), tile, whole=True)
+
+
+@pytest.mark.parametrize("tile", [11, (None, 3), (2, None, None, 16)], ids=str)
+def test_dense_upsampling_convolution(tile: Any) -> None:
+    """Hybrid dilated convolutions on an eighth of the resolution, whose channels become the full one."""
+    dilated = [
+        layer for d in (1, 2, 5) for layer in (nn.Conv2d(8, 8, 3, padding=d, dilation=d), nn.BatchNorm2d(8), nn.ReLU())
+    ]
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 7, stride=4, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1),
+        *dilated, nn.Conv2d(8, 2 * 64, 3, padding=1), nn.PixelShuffle(8),
+    )  # fmt: skip
+    assert_exact(randomise(model).eval(), (3, 3, 61, 53), tile, whole=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Value
+from ..axes import Dim, Symbol, Value
 from ..errors import InputError
 from ..window import IDENTITY, Border, Sliding, Span, Transposed, Window
 from .border import MODES, fit
@@ -129,6 +130,7 @@ def transposed(
     output_padding: Any,
     groups: int,
     dilation: Any,
+    output_size: Any = None,
 ) -> Answer:
     if problem := _kernel_problem(x, axes, weight, bias) or _channel_problem(x, weight.shape[0]):
         return problem
@@ -139,6 +141,16 @@ def transposed(
     windows = {axis: Transposed(*size) for axis, size in enumerate(sizes, start=2)}
     if any(window.output_padding >= max(window.step, window.dilation) for window in windows.values()):
         return NotLocal("pads its output by a whole stride, which torch refuses")
+    if any(isinstance(size, Unknown) for size in output_size or ()):
+        return NotLocal("makes as many rows as are not known before the call")
+    sizes_given = dict(enumerate(tuple(output_size)[-axes:], start=2)) if output_size is not None else {}
+    if any(isinstance(number, Symbol) for number in (*sizes_given.values(), *(dim.size for dim in x.dims[2:]))):
+        dims = x.resized(sizes_given) if sizes_given else x.slid(windows)
+    else:
+        windows = {
+            axis: _reaching(window, x.dims[axis].known, sizes_given.get(axis)) for axis, window in windows.items()
+        }
+        dims = x.slid(windows)
     function = _TRANSPOSED[axes]
 
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
@@ -146,8 +158,18 @@ def transposed(
         rows = fit(function(block, weight, None, stride, 0, 0, groups, dilation), spans)
         return rows if bias is None else rows + bias.view(-1, *(1,) * axes)
 
-    dims = x.slid(windows)
-    return Local((x,), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, windows)
+    return Local((x,), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, dict(windows))
+
+
+def _reaching(window: Transposed, length: int | None, size: int | None) -> Transposed:
+    """The window with the output padding that makes so many rows of `length` ones."""
+    if size is None or length is None:
+        return window
+    window = replace(window, output_padding=0)
+    spare = size - window.size(length)
+    if not 0 <= spare < max(window.step, window.dilation):
+        raise ValueError(f"{length} rows cannot become {size}")
+    return replace(window, output_padding=spare)
 
 
 def _register_transposed(axes: int, module_type: type[nn.Module], function: Any) -> None:
@@ -165,8 +187,9 @@ def _register_transposed(axes: int, module_type: type[nn.Module], function: Any)
         return transposed(axes, input, weight, bias, stride, padding, output_padding, groups, dilation)
 
     @register(module_type, spatial=axes)
-    def module_rule(m: Any, input: Value) -> Answer:
-        return transposed(axes, input, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+    def module_rule(m: Any, input: Value, output_size: Any = None) -> Answer:
+        settings = (m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+        return transposed(axes, input, m.weight, m.bias, *settings, output_size)
 
 
 _register_convolution(1, nn.Conv1d, F.conv1d)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..axes import Dim, Extent, Symbol, Value
+from ..axes import Dim, Extent, Size, Symbol, Value
 from ..window import IDENTITY, Sliding, Span, Table, Window
 from .border import fit
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
@@ -230,7 +230,9 @@ def _picked(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.
     """Positions of a dimension in an order of their own."""
     if tags := x.tags([dim]):
         return NotLocal(f"puts positions along the streamed axis {tags[0]} in another order")
-    count = len(index) if isinstance(index, (list, torch.Tensor)) else Symbol()
+    count: Size = Symbol()
+    if not isinstance(index, Unknown):
+        count = len(index) if isinstance(index, list) else index.numel()
     return Local((x,), x.resized({dim: count}), run)
 
 
@@ -242,8 +244,8 @@ def index_select(input: Value, dim: int, index: Any) -> Answer:
 
 
 @register(torch.flip, "flip")
-def flip(input: Value, *dims: Any) -> Answer:
-    given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+def flip(input: Value, *order: Any, dims: Any = None) -> Answer:
+    given = dims if dims is not None else order[0] if isinstance(order[0], (tuple, list)) else order
     if tags := input.tags(given):
         return NotLocal(f"mirrors the streamed {' and '.join(tags)}")
     return Local((input,), input.dims, lambda block: block.flip(given))

@@ -110,10 +110,11 @@ def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwar
 
 def converted(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Local | NotLocal:
     """Another type or device, given as such or as that of another tensor."""
-    given = args[0] if args else kwargs.get("other")
+    others = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, (Value, torch.Tensor, Unknown)))
+    given = next(others, None)
     if not isinstance(input, Value):
         return NotLocal("gives a tensor the type of a value, which is not known before the call", "name the type")
-    if not isinstance(given, (Value, torch.Tensor, Unknown)):
+    if given is None:
         return cast(function, input, *args, **kwargs)
     if isinstance(given, Unknown):
         return NotLocal("takes the type of a tensor that is not known before the call", "name the type")
@@ -138,7 +139,7 @@ def detached(function: Callable[..., torch.Tensor], input: Value, **kwargs: Any)
 
 for _name in "to type_as".split():
     register(_name)(partial(converted, getattr(torch.Tensor, _name)))
-for _name in "bfloat16 contiguous cpu cuda double float half positive type".split():
+for _name in "bfloat16 contiguous cpu cuda double float half positive".split():
     register(_name)(partial(cast, getattr(torch.Tensor, _name)))
 register(torch.positive)(partial(cast, torch.positive))
 register(operator.pos)(partial(cast, operator.pos))
@@ -151,6 +152,7 @@ for _name in _UNDIFFERENTIABLE:
     register(_name)(partial(undifferentiable, getattr(torch.Tensor, _name)))
     if callable(_function := getattr(torch, _name, None)):
         register(_function)(partial(undifferentiable, _function))
+register("type")(lambda input, dtype, **kwargs: cast(torch.Tensor.type, input, dtype, **kwargs))
 for _name in "bool detach int long".split():
     register(_name)(partial(detached, getattr(torch.Tensor, _name)))
 register(torch.detach)(partial(detached, torch.detach))
@@ -158,6 +160,10 @@ for _function in (torch.full_like, torch.ones_like, torch.zeros_like):
     register(_function)(partial(undifferentiable, _function))
 for _name in "invert eq ne lt le gt ge and_ or_ xor".split():
     register(getattr(operator, _name))(partial(undifferentiable, getattr(operator, _name)))
+# torch.fx records these as methods if the tensor on the left does not depend on the image.
+for _name in "and or xor".split():
+    register(f"__{_name}__")(partial(undifferentiable, getattr(operator, f"__{_name}__")))
+register("__floordiv__")(partial(pointwise, operator.floordiv))
 
 
 _NAMES = """

@@ -23,7 +23,7 @@ _AVG = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _windows(axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> dict[int, Sliding]:
-    strides = per_axis(kernel if stride is None or stride == () else stride, axes)
+    strides = per_axis(kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else stride, axes)
     sizes = zip(per_axis(kernel, axes), strides, per_axis(padding, axes), per_axis(dilation, axes), strict=True)
     return {axis: Sliding(k, s, d, p, p, ceil_mode=ceil_mode) for axis, (k, s, p, d) in enumerate(sizes, start=2)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,6 +88,13 @@ def vector_norm(x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, 
     return _reduced(x, dim, keepdim, "norm", _of_block(torch.linalg.vector_norm, ord=ord, dtype=dtype))
 
 
+class Extremes(NamedTuple):
+    """The results of `max` and `min` along a dimension, named as those of torch."""
+
+    values: Any
+    indices: Any
+
+
 def _register_extreme(name: str) -> None:
     """`max` and `min`, along one dimension (with indices) or of two operands, and `argmax` and `argmin`."""
     function, pairwise, position = (getattr(torch, form.format(name)) for form in ("{}", "{}imum", "arg{}"))
@@ -108,7 +115,7 @@ def _register_extreme(name: str) -> None:
         )
         places = place(input, dim, keepdim)
         if isinstance(values, Local) and isinstance(places, Local):
-            return values, places
+            return Extremes(values, places)
         return values
 
 

@@ -90,7 +90,13 @@ class NotLocal:
 
 Answer = Local | tuple[Local | Fact, ...] | Fact | NotLocal
 
-_SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "split_size": "split_size_or_sections"}
+_SYNONYMS = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "split_size": "split_size_or_sections",
+    "axis0": "dim0",
+    "axis1": "dim1",
+}
 """What torch, too, calls some arguments."""
 
 

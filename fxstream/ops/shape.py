@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,15 +40,23 @@ def rank(input: Value) -> Answer:
 @register(getattr)
 def attribute(input: Any, name: str) -> Answer:
     if isinstance(input, tuple):  # of an operation with several results
-        results = {"values": 0, "indices": 1}
-        return Fact(input[results[name]]) if name in results else NotLocal(f"reads the attribute {name} of results")
+        return (
+            Fact(getattr(input, name)) if hasattr(input, name) else NotLocal(f"reads the attribute {name} of results")
+        )
     if name == "shape":
         return size(input)
     if name == "ndim":
         return rank(input)
-    if name in ("T", "mT"):
+    if name == "mT":
         return transpose(input, -2, -1)
+    if name == "T":
+        return _permuted(input, range(input.rank)[::-1])
     return NotLocal(f"reads the attribute {name} of a value")
+
+
+@register(OrderedDict)
+def ordered_dict(items: Any) -> Answer:
+    return Fact(OrderedDict(items))
 
 
 # Dimensions in another order.
