@@ -75,6 +75,7 @@ def convolution(
     }
     dims = x.slid(windows)
     around: list[int] = []
+    own = [0] * axes
     if mode not in _BORDERS:
         if tags := x.tags(axis for axis, amounts in enumerate(paddings, start=2) if any(amounts)):
             return NotLocal(
@@ -83,11 +84,16 @@ def convolution(
             )
         around = [amount for amounts in reversed(paddings) for amount in amounts]
         windows = {axis: window if x.dims[axis].tag is not None else IDENTITY for axis, window in windows.items()}
+    elif mode == "zeros":
+        # Where blocks are whole, the convolution pads by itself, which takes no copy.
+        for axis, (before, after) in enumerate(paddings, start=2):
+            if x.dims[axis].tag is None and before == after:
+                windows[axis], own[axis - 2] = IDENTITY, before
     function = _FUNCTIONS[axes]
 
     def run(block: torch.Tensor, *spans: Any) -> torch.Tensor:
         rows = fit(block, spans, border)
-        return function(F.pad(rows, around, mode) if around else rows, weight, bias, stride, 0, dilation, groups)
+        return function(F.pad(rows, around, mode) if around else rows, weight, bias, stride, own, dilation, groups)
 
     return Local((x,), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
 
