@@ -25,9 +25,9 @@ from .registry import Answer, Local, NotLocal, Unknown, register
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
 _WAY_OUT = "use a mode of " + ", ".join(_TAPS) + " without antialiasing"
+_RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 _BAND = 64
 """Rows that are computed by one matrix product: few enough for its matrix to hold little else than weights."""
-_RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,12 @@ def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
 
 def _source(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
     """Where each output row lies among the input rows (area_pixel_compute_source_index)."""
-    rows = torch.arange(axis.size, dtype=dtype)
+    rows = torch.arange(axis.size, dtype=dtype, device="cpu")  # whatever the default device is
     if axis.size == axis.length:
         return rows
     if axis.align_corners:
-        ratio = torch.tensor(axis.length - 1, dtype=dtype) / max(axis.size - 1, 1)
-        return rows * (ratio if axis.size > 1 else 0)
-    ratio = torch.tensor(axis.length, dtype=dtype) / axis.size
-    if axis.scale is not None:
-        ratio = torch.tensor(1 / axis.scale, dtype=dtype)
+        return rows * (rows.new_tensor(axis.length - 1) / max(axis.size - 1, 1))
+    ratio = rows.new_tensor(axis.length) / axis.size if axis.scale is None else rows.new_tensor(1 / axis.scale)
     position = ratio * (rows + 0.5) - 0.5
     return position if axis.mode == "bicubic" else position.clamp(min=0)
 
