@@ -485,3 +485,11 @@ def test_nearest_neighbours_have_the_gradient_of_what_they_are() -> None:
     (gradient,) = torch.autograd.grad(enlarged, image, upstream)
     # The operation is linear: <gradient, image> = <upstream, enlarged>.
     torch.testing.assert_close((gradient * image).sum(), (upstream * enlarged).sum())
+
+
+def test_a_group_norm_of_single_values_streams_if_the_batch_has_several() -> None:
+    """torch's condition is on the whole batch, of which a chunk may be one image."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(4, 4), nn.Conv2d(4, 2, 1))
+    assert_exact(randomise(model), (3, 2, 1, 1), (2, None, None, None), whole=True)
+    with pytest.raises(fxstream.ImageTooSmallError, match="single values"):
+        fxstream.convert(model, (2, None, None, None))(torch.randn(1, 2, 1, 1))

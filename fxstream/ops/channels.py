@@ -6,6 +6,7 @@ LayerNorm over the channels of an image, a group norm of each image of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -66,7 +67,13 @@ def rms_norm_module(m: Any, input: Value) -> Answer:
 
 @register(F.group_norm)
 def group_norm(input: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Answer:
-    run = partial(F.group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps)
+    # torch's own condition, on the whole batch, of which a chunk may be one image.
+    if math.prod(num_groups + 1 if dim.known is None else dim.known for dim in input.dims) == num_groups:
+        raise ValueError("a group norm of single values")
+
+    def run(block: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(block, num_groups, weight, bias, eps)
+
     return _combined(input, range(1, input.rank), "takes the mean and variance of groups", run, weight, bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def instance_norm(m: Any, input: Value) -> Local | NotLocal:
             f"needs the mean and variance over the streamed axes {', '.join(tags)}",
             "use a batch norm with running statistics (freeze_batchnorm=True)",
         )
+    if math.prod(2 if dim.known is None else dim.known for dim in input.dims[2:]) == 1:
+        raise ValueError("an instance norm of single values")  # torch's own condition
     weight, bias, eps = m.weight, m.bias, m.eps
 
     def run(block: torch.Tensor) -> torch.Tensor:
