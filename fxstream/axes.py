@@ -146,7 +146,9 @@ def broadcast(values: Iterable[Value]) -> tuple[Dim, ...] | None:
 
 def _joined(dims: list[Dim]) -> Dim:
     others = [dim for dim in dims if dim.size != 1] or dims
-    return others[0] if all(dim.size == others[0].size for dim in others) else Dim(others[0].tag, Symbol())
+    # Known sizes that differ come up when the schedule is made, as an error that names the operation.
+    alike = all(dim.size == others[0].size for dim in others) or all(dim.known is not None for dim in others)
+    return others[0] if alike else Dim(others[0].tag, Symbol())
 
 
 def is_extent(size: object, dim: Dim) -> bool:

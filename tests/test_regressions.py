@@ -493,3 +493,19 @@ def test_a_group_norm_of_single_values_streams_if_the_batch_has_several() -> Non
     assert_exact(randomise(model), (3, 2, 1, 1), (2, None, None, None), whole=True)
     with pytest.raises(fxstream.ImageTooSmallError, match="single values"):
         fxstream.convert(model, (2, None, None, None))(torch.randn(1, 2, 1, 1))
+
+
+def test_operands_of_other_sizes_at_a_call_are_an_error_of_ours() -> None:
+    """Whatever follows them; their size must not be taken for one that is not known yet."""
+    model = Net(lambda m, x: m.second(m.first(x) + F.interpolate(m.first(x), size=(5, 5))))
+    converted = fxstream.convert(model, 3)
+    with pytest.raises(fxstream.NotLocalError, match="its operands have 5 and"):
+        converted(torch.randn(1, 2, 9, 9))
+
+
+def test_a_crop_to_a_size_of_what_has_a_fixed_size() -> None:
+    def body(m: Net, x: torch.Tensor) -> torch.Tensor:
+        y = m.first(x)
+        return F.interpolate(y, size=(19, 17), mode="bilinear")[..., : y.shape[2], : y.shape[3]] + y
+
+    assert_exact(randomise(Net(body)), (1, 2, 9, 8), 3, whole=True)

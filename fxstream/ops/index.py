@@ -193,7 +193,7 @@ def _is_plain(item: Any) -> bool:
 def _crop(dim: Dim, item: slice) -> tuple[Window, Dim]:
     """`x[start:stop:step]` along a streamed dimension. Raises ValueError if nothing is left of it."""
     step = item.step or 1
-    if isinstance(dim.size, int):
+    if isinstance(dim.size, int) and not any(isinstance(end, Symbol) for end in (item.start, item.stop)):
         start, stop, _ = item.indices(dim.size)
         window: Window = Sliding(stride=step, before=-start, after=stop - dim.size)
         return window, dim.through(window)
