@@ -11,10 +11,12 @@ from .errors import (
     ModeError,
     NothingToStreamError,
     NotLocalError,
+    ShardedError,
     StreamingError,
     StreamingWarning,
     TileShapeError,
     TraceError,
+    WrappedModelError,
 )
 from .ops import register
 
@@ -30,10 +32,12 @@ __all__ = [
     "NotLocalError",
     "NothingToStreamError",
     "ReceptiveField",
+    "ShardedError",
     "StreamingError",
     "StreamingWarning",
     "TileShapeError",
     "TraceError",
+    "WrappedModelError",
     "analyze",
     "convert",
     "register",

@@ -14,10 +14,22 @@ from torch import fx, nn
 
 from .axes import Dim, Symbol, Value, axis_names
 from .errors import StreamingError, TileShapeError
-from .lower import answer, complaint, define, label, leaves, locals_of, operation, overwrites, spatial_axes
+from .hooks import has_hooks
+from .lower import (
+    answer,
+    complaint,
+    define,
+    label,
+    leaves,
+    locals_of,
+    modules_around,
+    operation,
+    overwrites,
+    spatial_axes,
+)
 from .memory import Memory
 from .ops import Answer, Fact, Local, NotLocal, Unknown
-from .trace import Trace, has_hooks
+from .trace import Trace
 from .window import IDENTITY, Window
 
 Status = Literal["image", "constant", "size", "local", "stop", "head"]
@@ -117,6 +129,18 @@ class Analysis:
         names = {node.name for node in self.outputs}
         needed = names.union(*(nx.ancestors(self.graph, name) for name in names))
         return [f.node for f in self.findings if f.status in ("local", "size") and f.node.name in needed]
+
+    def bypassed(self) -> dict[str, NotLocal]:
+        """Modules that were traced as they are in one mode, and none of whose operations is streamed -> why."""
+        streamed = {path for node in self.prefix for path in modules_around(node)}
+        candidates = {*self.trace.guards, *self.trace.frozen} - streamed
+        found: dict[str, NotLocal] = {}
+        for finding in self.findings:
+            if finding.status in ("stop", "head"):
+                for path in candidates.intersection(modules_around(finding.node)):
+                    problem = finding.problem or NotLocal("depends on its mode")
+                    found.setdefault(path, problem)
+        return found
 
     def receptive_field(self, node: fx.Node | str) -> dict[str, ReceptiveField] | None:
         """Per streamed axis, what one position of a local node sees; None where it is undefined:
@@ -262,10 +286,10 @@ class _Walk:
     def _ask(self, node: fx.Node, module: nn.Module | None) -> Answer:
         if node in self.left_to_head:
             return self.left_to_head[node]
-        if module is not None and has_hooks(module):
+        if module is not None and any(map(has_hooks, module.modules())):
             return NotLocal("has a hook, which would run once a tile", "remove the hook")
         if module is not None and str(node.target) in self.trace.opaque:
-            return NotLocal(f"is one opaque call: {self.trace.opaque[str(node.target)]}", "make it traceable")
+            return self.trace.opaque[str(node.target)]
         found = answer(node, self._input, module, freeze=self.freeze)
         if isinstance(found, Local) and found.mutates is not None:
             return self.memory.obstacle(node, self._node_of(found.mutates), self._in_head) or found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,33 +14,10 @@ from torch import fx, nn
 from .axes import Dim, Value
 from .errors import NotLocalError
 from .lower import Lowered, Step, label, lower, program
+from .mirror import mirror
+from .noise import new_seed
 from .schedule import Grid, SizeError, schedule
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a conversion fixed."""
-
-    names: tuple[str, ...]
-    """The image's dimensions, such as ("N", "C", "H", "W")."""
-    tile_shape: tuple[int | None, ...]
-    """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
-    freeze_batchnorm: bool
-    guards: Mapping[str, bool]
-    """Path of a module -> the training flag that the traced control flow relies on."""
-    entered: tuple[str, ...]
-    """Paths of modules whose operations are in the graphs without a call of the module."""
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        """The streamed axes and the size of a tile along each."""
-        sizes = zip(self.names, self.tile_shape, strict=True)
-        return {name: size for name, size in sizes if size is not None and name != "C"}
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The streamed axes."""
-        return tuple(self.tiles)
+from .settings import Settings
 
 
 class _Slot:
@@ -56,6 +34,7 @@ class Call:
     graph: fx.Graph
     settings: Settings
     modules: Mapping[str, nn.Module]
+    """As they were at the call: whoever changes a mode before the backward pass does not change that."""
     shape: tuple[int, ...]
     inputs: tuple[Any, ...]
     """What enters besides the image, with a slot in place of each tensor."""
@@ -63,6 +42,13 @@ class Call:
     """(path of the module, name) of every parameter and buffer."""
     autocast: tuple[dict[str, Any], ...]
     """The autocast regions in which the call was made."""
+    device: torch.device
+    """Where the tiles are computed: where the modules' tensors are, whatever the image's device."""
+
+    @cached_property
+    def seed(self) -> int:
+        """Of the random numbers of the call; drawn only if there are any."""
+        return new_seed()
 
     @contextmanager
     def as_in_forward(self) -> Iterator[None]:
@@ -107,18 +93,23 @@ def prepare(
     """A call and its tensors, read from the modules as they are now."""
     state = {(path, name): tensor for path, module in modules.items() for name, tensor in _tensors(module).items()}
     template = tuple(_SLOT if isinstance(value, torch.Tensor) else value for value in inputs)
+    tensors = [*(value for value in inputs if isinstance(value, torch.Tensor)), *state.values()]
+    computing = state.values() or tensors or [image]
+    device = next(iter(computing)).device
     autocast = tuple(
         {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
-        for device in dict.fromkeys(("cpu", image.device.type))
-        if torch.amp.is_autocast_available(device)
+        for kind in dict.fromkeys(("cpu", device.type))
+        if torch.amp.is_autocast_available(kind)
     )
-    call = Call(graph, settings, modules, tuple(image.shape), template, tuple(state), autocast)
-    return call, [image, *(value for value in inputs if isinstance(value, torch.Tensor)), *state.values()]
+    memo: dict[int, nn.Module] = {}
+    frozen = {path: mirror(module, memo) for path, module in modules.items()}
+    call = Call(graph, settings, frozen, tuple(image.shape), template, tuple(state), autocast, device)
+    return call, [image, *tensors]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

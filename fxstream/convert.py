@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
-from .call import Settings
-from .errors import NothingToStreamError, StreamingError, StreamingWarning, TileShapeError
+from .errors import NothingToStreamError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition
+from .settings import Settings, parse
 from .stream import Streamed
-from .trace import trace
+from .trace import Trace, trace
 from .tree import Converted
 
 
@@ -52,19 +53,21 @@ def convert(
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         TraceError: torch.fx cannot trace the model.
+        WrappedModelError: `model` is converted already, or wrapped by torch.compile, DistributedDataParallel or
+            fully_shard, which belong around the converted model.
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive.
         NothingToStreamError: the first operations are not local.
         StreamingError: the base class of these and of everything that the converted model raises at a call: InputError
             (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm in training
-            mode), ModeError, HookError (a streamed module has acquired a hook), NotLocalError, DoubleBackwardError.
+            mode), ModeError, HookError (a streamed module has acquired a hook), ShardedError, NotLocalError,
+            DoubleBackwardError.
 
     Warns:
         StreamingWarning: convolutions or poolings stay behind the streamed part.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, Converted):
-        raise StreamingError("the model is converted already. Way out: convert the original with the new tile_shape")
+    _check_unwrapped(model)
     analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
     if not analysis.prefix:
         raise NothingToStreamError(_nothing(analysis))
@@ -74,16 +77,51 @@ def convert(
     return Converted(model, analysis.trace.constants, outer, name, Streamed(streamed, settings))
 
 
+def _check_unwrapped(model: nn.Module) -> None:
+    if isinstance(model, Converted):
+        raise WrappedModelError(
+            "the model is converted already. Way out: set its tile_shape, or convert the original model"
+        )
+    for kind, name in _WRAPPERS.items():
+        if any(f"{base.__module__}.{base.__qualname__}" == kind for base in type(model).__mro__):
+            raise WrappedModelError(
+                f"the model is wrapped by {name}. Way out: convert the model itself, and wrap the result: "
+                f"{name}(fxstream.convert(model, tile_shape))"
+            )
+
+
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "torch.compile",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
+}
+"""By name: importing them all would take seconds."""
+
+
 def plan(
     model: nn.Module, tile_shape: object, freeze_batchnorm: bool, image: str | None, example_input: torch.Tensor | None
 ) -> tuple[Analysis, Settings]:
     """What `convert` is going to do."""
-    traced = trace(model)
+    traced = trace(model, {}, freeze_batchnorm)
     names = image_names(traced, example_input)
-    sizes = _tile_shape(tile_shape, names)
-    settings = Settings(names, sizes, freeze_batchnorm, traced.guards, tuple(traced.entered))
-    analysis = Analysis(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
-    return analysis, settings
+    settings = Settings(names, parse(tile_shape, names), freeze_batchnorm)
+    analysis = _analysis(traced, names, settings.axes, freeze_batchnorm, image)
+    traced = analysis.trace
+    return analysis, replace(settings, guards=traced.guards, entered=tuple(traced.entered))
+
+
+def _analysis(
+    traced: Trace, names: tuple[str, ...], axes: tuple[str, ...], freeze_batchnorm: bool, image: str | None
+) -> Analysis:
+    """Analyse; a module that depends on its mode and is not streamed becomes one call, which then follows its mode."""
+    while True:
+        analysis = Analysis(traced, image_node(traced.graph, image), names, axes, freeze_batchnorm)
+        bypassed = analysis.bypassed()
+        if not bypassed:
+            return analysis
+        traced = trace(traced.root, traced.opaque | bypassed, freeze_batchnorm)
 
 
 def analyze(
@@ -98,31 +136,9 @@ def analyze(
     The arguments are those of `convert`. `print` shows the result as a table. Raises TraceError and TileShapeError
     as `convert` does.
     """
-    traced = trace(model)
+    traced = trace(model, {}, freeze_batchnorm)
     names = image_names(traced, example_input)
-    return Analysis(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm)
-
-
-def _tile_shape(tile_shape: object, names: tuple[str, ...]) -> tuple[int | None, ...]:
-    """One size a dimension, (N, C, *spatial)."""
-    spatial = len(names) - 2
-    forms = f"a size, ({', '.join(names[2:])}) or ({', '.join(names)})"
-    if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
-        sizes: tuple[int | None, ...] = (None, None, *(tile_shape,) * spatial)
-    elif not isinstance(tile_shape, (tuple, list)):
-        raise TileShapeError(f"tile_shape must be {forms}, not {tile_shape!r}")
-    elif len(tile_shape) == spatial:
-        sizes = (None, None, *tile_shape)
-    elif len(tile_shape) == spatial + 2:
-        sizes = tuple(tile_shape)
-    else:
-        raise TileShapeError(f"tile_shape must be {forms}; {tuple(tile_shape)!r} has {len(tile_shape)} entries")
-    for name, size in zip(names, sizes, strict=True):
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise TileShapeError(f"tile_shape must hold positive integers or None, and has {size!r} for {name}")
-    if all(size is None for name, size in zip(names, sizes, strict=True) if name != "C"):
-        raise TileShapeError("tile_shape streams no axis: give at least one of its entries a size")
-    return sizes
+    return _analysis(traced, names, names[2:], freeze_batchnorm, image)
 
 
 def _nothing(analysis: Analysis) -> str:

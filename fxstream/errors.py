@@ -15,6 +15,10 @@ class NothingToStreamError(StreamingError):
     """Not one operation at the front of the model is local."""
 
 
+class WrappedModelError(StreamingError):
+    """What is to be converted is a wrapper around a model: it belongs around the converted one."""
+
+
 class TileShapeError(StreamingError, ValueError):
     """`tile_shape` has a wrong form, or a size in it is not positive."""
 
@@ -37,6 +41,10 @@ class BatchNormModeError(ModeError):
 
 class HookError(StreamingError):
     """A streamed module has acquired a hook, which would run once a tile or not at all."""
+
+
+class ShardedError(StreamingError):
+    """A streamed module holds only a shard of its parameters."""
 
 
 class NotLocalError(StreamingError):

@@ -54,9 +54,13 @@ def label(node: fx.Node) -> str:
     """How a node is named to the user: by the module's path in the model, else by the module that it is in."""
     if node.op == "call_module":
         return str(node.target)
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack else ""
+    path = next(reversed(modules_around(node)), "")
     return f"{path}: {node.name}" if path else node.name
+
+
+def modules_around(node: fx.Node) -> list[str]:
+    """Paths of the modules in whose forward a node was traced, the innermost last."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def operation(node: fx.Node, module: nn.Module | None) -> str:

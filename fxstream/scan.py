@@ -5,7 +5,7 @@ The schedule says which rows; the rules say how an operation runs on them; this 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_map
 from .axes import Extent, Value
 from .call import Call
 from .carry import Placement, Stitch, empty_like, index_of, stitch
+from .fetch import Region, Regions, fetch
 from .lower import Step, leaves, program
-from .ops import Sliced
+from .noise import draw
+from .ops import Noise, Sliced
 from .schedule import Index, Tile, readers
 
 Key = tuple[int, Tile, int]
@@ -39,6 +41,9 @@ class Scan:
         self.image_dims = tuple(call.settings.names.index(axis) for axis in self.axes)
         self.outputs = self._outputs()
         self.places: dict[tuple[int, int], Placement] = {}
+        self.noise: dict[int, torch.Tensor] = {}
+        """For a value, the random numbers that its tiles share."""
+        self.random = any(isinstance(operand, Noise) for step in self.steps for operand in step.local.operands)
 
     def _dims(self, value: Value) -> tuple[int, ...]:
         return tuple(value.position(axis) for axis in self.axes)
@@ -62,14 +67,14 @@ class Scan:
         whole: dict[int, torch.Tensor] = {}
         pieces: dict[Key, torch.Tensor] = {}
         expiring: dict[Tile, list[Key]] = {}
-        source = _Source(self, pieces)
+        tiles = list(self.grid.tiles())
         previous: Tile = ()
         with torch.no_grad():
-            for tile in self.grid.tiles():
+            for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
                 if not keep:
                     _drop_expired(pieces, expiring, previous, tile)
                 previous = tile
-                blocks, kept = self._tile(tile, source, stitch)
+                blocks, kept = self._tile(tile, _Source(self, regions, pieces), stitch)
                 for value, block in blocks.items():
                     self._write(whole, value, tile, block)
                 for key, piece in kept.items():
@@ -85,8 +90,9 @@ class Scan:
         trained = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
         totals: dict[int, torch.Tensor] = {}
         owed: dict[Key, torch.Tensor] = {}
-        for tile in reversed(list(self.grid.tiles())):
-            tape = _Tape(self, pieces)
+        tiles = list(self.grid.tiles())[::-1]
+        for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
+            tape = _Tape(self, regions, pieces)
             with torch.enable_grad(), self.call.as_in_forward():
                 blocks, kept = self._tile(tile, tape, Stitch.apply)
             roots = [
@@ -98,15 +104,32 @@ class Scan:
             parts = zip(tape.origins, gradients_of_leaves, strict=False)
             for (origin, index), gradient in parts:
                 if gradient is not None and isinstance(origin, int):
-                    _total(totals, origin, self.tensors[origin])[index] += gradient
+                    total = _total(totals, origin, self.tensors[origin])[index]
+                    total += gradient.to(total.device)
                 elif gradient is not None and not isinstance(origin, int):
                     _total(owed, origin, pieces[origin])[index] += gradient
             for slot, gradient in zip(trained, gradients_of_leaves[len(tape.leaves) :], strict=True):
                 if gradient is not None:
                     _total(totals, slot, self.tensors[slot]).add_(gradient)
             # Nothing of this tile shall be alive while the next one is computed.
-            del tape, roots, parts, gradients_of_leaves, gradient
+            del tape, regions, roots, parts, gradients_of_leaves, gradient
         return [totals.get(slot) for slot in range(len(self.tensors))]
+
+    def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
+        plan = [list(dict.fromkeys(self._region(*edge, tile) for edge in self._edges(tile))) for tile in tiles]
+        image = self.tensors[0]
+        return fetch(lambda region: image[self._cut(region)], image.device, self.call.device, plan)
+
+    def _edges(self, tile: Tile) -> Iterator[tuple[int, int]]:
+        """Through which edges values that run in a tile read the image."""
+        return (edge for edge in self.readers[0] if self.grid.runs(edge[0], tile))
+
+    def _region(self, value: int, edge: int, tile: Tile) -> Region:
+        """What a value reads of the image."""
+        return tuple((span.lo, span.hi) for span in self.grid.spans(value, edge, tile))
+
+    def _cut(self, region: Region) -> Index:
+        return index_of(tuple(slice(*rows) for rows in region), self.image_dims, self.tensors[0].dim())
 
     def _tile(
         self, tile: Tile, source: _Source, join: Callable[..., Any]
@@ -149,23 +172,38 @@ class Scan:
         edge = 0
         for operand in step.local.operands:
             if isinstance(operand, Sliced):
-                operands.append(source.tensor(self.slots[id(operand.tensor)], self._rows(operand, value, tile)))
+                rows = self._rows(operand.dims, operand.tensor.dim(), value, tile)
+                operands.append(source.tensor(self.slots[id(operand.tensor)], rows))
+                continue
+            if isinstance(operand, Noise):
+                operands.append(self._drawn(operand, value, tile, operands[0]))
                 continue
             if operand.index == 0:
-                rows = tuple(slice(span.lo, span.hi) for span in self.grid.spans(value, edge, tile))
-                operands.append(source.tensor(0, index_of(rows, self.image_dims, operand.rank)))
+                region = self._region(value, edge, tile)
+                operands.append(source.image(region, self._cut(region)))
             else:
                 operands.append(waiting.pop((value, edge)))
             edge += 1
         streamed = self.grid.spans(value, 0, tile)
         return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
 
-    def _rows(self, operand: Sliced, value: int, tile: Tile) -> tuple[slice, ...]:
-        """The rows of a tensor with the image's extent that belong to the block of `value`."""
+    def _drawn(self, noise: Noise, value: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
+        """The random numbers for the block of `value`; `like` is a tensor on their device."""
+        tags = {index: dim.tag for index, dim in enumerate(noise.dims) if dim.tag is not None}
+        rows = self._rows(tags, len(noise.dims), value, tile)
+        whole = [int(dim.size) for dim in noise.dims]
+        if len(tags) == len(self.axes):
+            # No two tiles share any: each draws its own, and none are kept.
+            number = value + len(self.readers) * (1 + self.grid.number(tile))
+            return draw(self.call.seed, number, noise.draw, torch.empty(whole, device="meta")[rows].shape, like)
+        if value not in self.noise:
+            self.noise[value] = draw(self.call.seed, value, noise.draw, whole, like)
+        return self.noise[value][rows]
+
+    def _rows(self, tags: Mapping[int, str], rank: int, value: int, tile: Tile) -> tuple[slice, ...]:
+        """What belongs to the block of `value` of a tensor whose dimensions `tags` run along streamed axes."""
         fresh = dict(zip(self.axes, self.grid.fresh(value, tile), strict=True))
-        return tuple(
-            fresh[operand.dims[dim]] if dim in operand.dims else slice(None) for dim in range(operand.tensor.dim())
-        )
+        return tuple(fresh[tags[dim]] if dim in tags else slice(None) for dim in range(rank))
 
     def _fresh(self, value: int, tile: Tile) -> tuple[slice, ...]:
         """The block of `value` that the tile computes, as an index into the whole value."""
@@ -192,11 +230,15 @@ def _as_size(result: Any) -> Any:
 
 
 class _Source:
-    """Where the forward scan reads tensors and kept pieces."""
+    """Where a tile of the forward scan reads the image, other tensors and kept pieces."""
 
-    def __init__(self, scan: Scan, pieces: Mapping[Key, torch.Tensor]):
+    def __init__(self, scan: Scan, regions: Regions, pieces: Mapping[Key, torch.Tensor]):
         self.scan = scan
+        self.regions = regions
         self.pieces = pieces
+
+    def image(self, region: Region, index: Index) -> torch.Tensor:
+        return self.regions[region]
 
     def tensor(self, slot: int, index: Index) -> torch.Tensor:
         return self.scan.tensors[slot][index]
@@ -208,11 +250,15 @@ class _Source:
 class _Tape(_Source):
     """Where a tile of the backward scan reads them: as leaves, whose gradients the scan itself adds up."""
 
-    def __init__(self, scan: Scan, pieces: Mapping[Key, torch.Tensor]):
-        super().__init__(scan, pieces)
+    def __init__(self, scan: Scan, regions: Regions, pieces: Mapping[Key, torch.Tensor]):
+        super().__init__(scan, regions, pieces)
         self.leaves: list[torch.Tensor] = []
         self.origins: list[tuple[int | Key, Index]] = []
         """For each leaf the tensor's slot or the piece's key, and which rows of it."""
+
+    def image(self, region: Region, index: Index) -> torch.Tensor:
+        rows = super().image(region, index)
+        return self._leaf(rows, 0, index) if self.scan.tensors[0].requires_grad else rows
 
     def tensor(self, slot: int, index: Index) -> torch.Tensor:
         rows = super().tensor(slot, index)

@@ -227,6 +227,13 @@ class Grid:
         """All tiles in raster order."""
         return product(*(range(axis.count) for axis in self.axes))
 
+    def number(self, tile: Tile) -> int:
+        """The place of a tile in raster order."""
+        number = 0
+        for axis, step in zip(self.axes, tile, strict=True):
+            number = number * axis.count + step
+        return number
+
     def runs(self, value: int, tile: Tile) -> bool:
         """Whether the tile computes anything of `value`."""
         return all(axis.spans[value][step] is not None for axis, step in zip(self.axes, tile, strict=True))

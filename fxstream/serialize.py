@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from .lower import modules_around
+
 
 @dataclass(frozen=True)
 class _Reference:
@@ -37,7 +39,7 @@ def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
             node.name,
             _by_name(node.target) if callable(node.target) else node.target,
             *fx.node.map_arg((node.args, dict(node.kwargs)), _refer),
-            [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()][-1:],
+            modules_around(node)[-1:],
         )
         for node in graph.nodes
     ]

@@ -6,17 +6,22 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .call import Settings, prepare
-from .errors import DoubleBackwardError, HookError, InputError, ModeError
+from .call import prepare
+from .errors import BatchNormModeError, DoubleBackwardError, HookError, InputError, ModeError, ShardedError
+from .hooks import has_hooks
+from .noise import restored_on_failure
 from .scan import Scan
 from .serialize import dump_graph, load_graph
-from .trace import has_hooks
+from .settings import Settings
 
 
 class Streamed(nn.Module):
@@ -36,6 +41,8 @@ class Streamed(nn.Module):
         """Use the modules of `owner`, which is kept in a tuple to stay unregistered."""
         self._owner = (owner,)
 
+    # As torch.compiler.disable, which would import torch._dynamo at once.
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch itself uses it so
     def forward(self, image: torch.Tensor, *inputs: Any) -> Any:
         (owner,) = self._owner
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
@@ -44,10 +51,11 @@ class Streamed(nn.Module):
         _check_image(image, self.settings)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
         scan = Scan(call, tensors)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            outputs = _StreamedFunction.apply(scan, *tensors)
-        else:
-            outputs, _ = scan.forward(keep=False)
+        with restored_on_failure() if scan.random else nullcontext():
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                outputs = _StreamedFunction.apply(scan, *map(_with_node, tensors))
+            else:
+                outputs, _ = scan.forward(keep=False)
         returned = scan.returned(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
 
@@ -64,19 +72,40 @@ class Streamed(nn.Module):
 
 def _check_modules(owner: nn.Module, settings: Settings, called: Mapping[str, nn.Module]) -> None:
     entered = {path: owner.get_submodule(path) for path in settings.entered}
-    for path, module in {**called, **entered}.items():
-        if has_hooks(module):
+    for path, module in {**entered, **called}.items():
+        if any(map(_is_sharded, module.parameters(recurse=path in called))):
+            raise ShardedError(
+                f"{path or 'the model'} holds only a shard of its parameters (DTensor) when the streamed part runs. "
+                "Way out: fully_shard the converted model as a whole, and none of its streamed submodules."
+            )
+        if any(map(has_hooks, module.modules() if path in called else [module])) and path:
             raise HookError(
                 f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
                 "Way out: register it before the conversion; streaming then ends in front of this module."
             )
     for path, training in settings.guards.items():
-        if owner.get_submodule(path).training is not training:
-            mode, now = ("train", "eval") if training else ("eval", "train")
-            raise ModeError(
-                f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
-                f"called in {now} mode. Way out: call .{mode}(), or convert the model again in {now} mode."
-            )
+        module = owner.get_submodule(path)
+        if module.training is not training:
+            raise _mode_error(path, module)
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    # Whoever shards parameters has imported it, and nobody else should have to: it takes its time.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _mode_error(path: str, module: nn.Module) -> ModeError:
+    if isinstance(module, _BatchNorm) and module.training:
+        return BatchNormModeError(
+            f"{path} is in training mode and needs the mean and variance over the streamed axes. "
+            "Way out: call .eval() on it, or convert with freeze_batchnorm=True."
+        )
+    mode, now = ("eval", "train") if module.training else ("train", "eval")
+    return ModeError(
+        f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
+        f"called in {now} mode. Way out: call .{mode}(), or convert the model again in {now} mode."
+    )
 
 
 def _check_image(image: Any, settings: Settings) -> None:
@@ -115,13 +144,26 @@ class _StreamedFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         tensors, kept = saved[: len(saved) - len(ctx.keys)], saved[len(saved) - len(ctx.keys) :]
         # Aliases of the parameters, not the Parameters themselves: the hooks of those would fire once a tile.
-        aliases = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        aliases = [
+            tensor.detach().requires_grad_(asked) for tensor, asked in zip(tensors, _asked_for(ctx), strict=True)
+        ]
         pieces = dict(zip(ctx.keys, kept, strict=True))
         with torch.no_grad():
             found = Scan(ctx.call, aliases).backward(pieces, gradients)
         if torch.is_grad_enabled():
             found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
         return (None, *found)
+
+
+def _with_node(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a node of the autograd graph of its own: of leaves, the engine does not say what it wants."""
+    return tensor.view_as(tensor) if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def _asked_for(ctx: Any) -> list[bool]:
+    """For each tensor whether this backward pass wants its gradient: `torch.autograd.grad` may name others."""
+    edges = zip(ctx.needs_input_grad[1:], ctx.next_functions, strict=True)
+    return [needed and torch._C._will_engine_execute_node(node) for needed, (node, _) in edges]
 
 
 class _RefuseSecond(torch.autograd.Function):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,26 +22,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.proxy import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import TraceError
-from .ops import functions, rule_for
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
+from .hooks import computed_weights, has_hooks
+from .ops import NotLocal, functions, rule_for
 
 INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 """The functions of `operator` that overwrite their first argument, if that is a tensor."""
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs when the module is called, apart from its own forward."""
-    return any(getattr(module, name) for name in _HOOKS)
 
 
 @dataclass
@@ -54,8 +43,10 @@ class Trace:
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
     guards: dict[str, bool]
     """Path of a module -> training flag, where the flag decided what was traced."""
-    opaque: dict[str, str]
-    """Path of a module that could not be traced through -> why."""
+    frozen: set[str]
+    """Paths of batch norms of the user's own that were traced as if in eval mode."""
+    opaque: dict[str, NotLocal]
+    """Path of a module that stays one call -> why it is not local."""
     constants: dict[str, torch.Tensor]
     """Name of a get_attr -> the tensor that forward made while it was traced."""
 
@@ -88,10 +79,12 @@ for _name in INPLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: dict[str, str]):
+    def __init__(self, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool):
         super().__init__(autowrap_functions=functions())
         self.opaque = opaque
+        self.freeze_batchnorm = freeze_batchnorm
         self.guards: dict[str, bool] = {}
+        self.frozen: set[str] = set()
         self.entered: list[str] = []
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
@@ -117,7 +110,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks(m) or module_qualified_name in self.opaque:
             return True
-        if is_parametrized(m):
+        if is_parametrized(m) or computed_weights(m):
             return False
         return rule_for(self.classes.get(m, type(m))) is not None or super().is_leaf_module(m, module_qualified_name)
 
@@ -152,9 +145,9 @@ class _Tracer(fx.Tracer):
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
         """For the time of tracing, reading `module.training` gives a proxy in every module of the user's own."""
         for path, module in root.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or rule_for(type(module)) is not None:
+            if isinstance(module, torch.jit.ScriptModule):
                 continue
-            if module is not root and super().is_leaf_module(module, path) and not is_parametrized(module):
+            if module is not root and self.is_leaf_module(module, path):
                 continue
             self.classes[module] = type(module)
             module.__class__ = self._watched(type(module), path)
@@ -168,6 +161,9 @@ class _Tracer(fx.Tracer):
         def training(module: nn.Module) -> Any:
             if not hasattr(self, "graph"):
                 return module.__dict__["training"]
+            if self.freeze_batchnorm and issubclass(original, _BatchNorm):
+                self.frozen.add(path)
+                return False
             flag = self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
             self.flags[flag.node] = (path, module.__dict__["training"])
             return flag
@@ -179,11 +175,15 @@ class _Tracer(fx.Tracer):
         return type(original.__name__, (original,), names)
 
 
-def trace(model: nn.Module) -> Trace:
-    """Trace a model. Raises TraceError if its own forward cannot be traced."""
-    opaque: dict[str, str] = {}
+def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
+    """Trace a model. Raises TraceError if its own forward cannot be traced.
+
+    Modules of which `opaque` says why they are not local stay one call. With `freeze_batchnorm`, batch norms of the
+    user's own are traced as if they were in eval mode.
+    """
+    opaque = dict(opaque)
     while True:
-        tracer = _Tracer(opaque)
+        tracer = _Tracer(opaque, freeze_batchnorm)
         states = {module: _state(module) for module in model.modules()}
         try:
             graph = tracer.trace(model)
@@ -195,14 +195,15 @@ def trace(model: nn.Module) -> Trace:
             if tracer.failed_in is None:
                 raise TraceError(_explain(model, error)) from error
             # The model around it may be traceable: leave this module as one call.
-            opaque[tracer.failed_in] = f"torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
+            why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
+            opaque[tracer.failed_in] = NotLocal(why, "make it traceable")
             continue
         finally:
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             for module, state in states.items():
                 _restore(module, state)
         _remove_unused_flags(graph, tracer)
-        return Trace(model, graph, tracer.entered, tracer.guards, opaque, constants)
+        return Trace(model, graph, tracer.entered, tracer.guards, tracer.frozen, opaque, constants)
 
 
 class _UnrecordedError(Exception):
@@ -221,8 +222,12 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 
 def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
-    now = _state(module)
-    changed = [name for name in now.keys() | before.keys() if not _same(now.get(name), before.get(name))]
+    now, computed = _state(module), computed_weights(module)
+    changed = [
+        name
+        for name in now.keys() | before.keys()
+        if name not in computed and not _same(now.get(name), before.get(name))
+    ]
     if changed:
         raise _UnrecordedError(
             f"its forward assigns attributes ({', '.join(sorted(changed))}), which fx does not record"

@@ -1,4 +1,4 @@
-"""The module tree of a converted model: the original's, module by module, with parameters and buffers shared."""
+"""The converted model: the module tree is the original's, with parameters and buffers shared."""
 
 from __future__ import annotations
 
@@ -8,31 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .mirror import mirror_registries
 from .serialize import dump_graph, load_graph
 from .stream import Streamed
-
-_OWN = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-"""The registries that torch.nn.Module gives every module: parameters, buffers, submodules, hooks."""
-
-
-def mirror(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """A shallow copy of a module tree: modules of its own, the same Parameters and buffer tensors.
-
-    A module that stands in several places stays one module.
-    """
-    if id(module) not in memo:
-        twin = memo[id(module)] = object.__new__(type(module))
-        vars(twin).update(vars(module))
-        _mirror_registries(twin, module, memo)
-    return memo[id(module)]
-
-
-def _mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Module]) -> None:
-    for name in _OWN:
-        if name in vars(module):  # a module pickled by an older torch may lack some
-            vars(twin)[name] = copy.copy(vars(module)[name])
-    for name, child in module._modules.items():
-        twin._modules[name] = None if child is None else mirror(child, memo)
 
 
 class Converted(fx.GraphModule):
@@ -42,7 +20,7 @@ class Converted(fx.GraphModule):
         self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
     ):
         super().__init__({}, fx.Graph(), type(model).__name__)
-        _mirror_registries(self, model, {id(model): self})
+        mirror_registries(self, model, {id(model): self})
         # What else the user has put on the model, tensors that forward reads among it.
         vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
         vars(self).update(constants)
@@ -63,8 +41,15 @@ class Converted(fx.GraphModule):
 
     @property
     def tile_shape(self) -> tuple[int | None, ...]:
-        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed."""
+        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed.
+
+        May be set to any form that `convert` takes, as long as the same axes are streamed: TileShapeError otherwise.
+        """
         return self._streamed.settings.tile_shape
+
+    @tile_shape.setter
+    def tile_shape(self, tile_shape: int | tuple[int | None, ...] | list[int | None]) -> None:
+        self._streamed.settings = self._streamed.settings.retiled(tile_shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         # GraphModule's own would keep only those modules that the graph calls.

@@ -24,9 +24,22 @@ from . import (
     whole,
 )
 from .border import fit
-from .registry import Answer, Fact, Local, NotLocal, Rule, Sliced, Unknown, functions, register, rule_for
+from .registry import Answer, Fact, Local, Noise, NotLocal, Rule, Sliced, Unknown, functions, register, rule_for
 
-__all__ = ["Answer", "Dim", "Fact", "Local", "NotLocal", "Rule", "Sliced", "Sliding", "Span", "Transposed", "Unknown"]
+__all__ = [
+    "Answer",
+    "Dim",
+    "Fact",
+    "Local",
+    "Noise",
+    "NotLocal",
+    "Rule",
+    "Sliced",
+    "Sliding",
+    "Span",
+    "Transposed",
+    "Unknown",
+]
 __all__ += ["Value", "Window", "fit", "functions", "register", "rule_for"]
 __all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
 __all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]

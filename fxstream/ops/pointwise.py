@@ -250,20 +250,6 @@ for _activation in _ACTIVATIONS:
     _register_activation(*_activation)
 
 
-@register(nn.RReLU)
-def rrelu_module(m: Any, input: Value) -> Local | NotLocal:
-    return rrelu(input, m.lower, m.upper, m.training, m.inplace)
-
-
-@register(F.rrelu)
-def rrelu(
-    input: Value, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
-) -> Local | NotLocal:
-    if training:
-        return NotLocal("draws random slopes in training mode", "call .eval() on it")
-    return pointwise(F.leaky_relu, input, (lower + upper) / 2, mutates=inplace)
-
-
 @register(nn.PReLU)
 def prelu_module(m: Any, input: Value) -> Local | NotLocal:
     return prelu(input, m.weight)

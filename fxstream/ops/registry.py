@@ -10,6 +10,7 @@ call, so that nothing of a module is captured.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -35,6 +36,18 @@ class Sliced:
     dims: Mapping[int, str]
 
 
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Random numbers with some of a value's dimensions: drawn once a call, and the same ones where it is recomputed.
+
+    `dims` are aligned with the result's; along one of size 1 that is not streamed, all positions share a number.
+    """
+
+    dims: tuple[Dim, ...]
+    draw: Callable[..., torch.Tensor] = torch.rand
+    """`torch.rand` or `torch.randn`."""
+
+
 @dataclass(frozen=True)
 class Unknown(Deferred):
     """At conversion, a value that does not depend on the image and whose shape cannot be known before a call."""
@@ -46,8 +59,8 @@ class Unknown(Deferred):
 class Local:
     """An operation that is local along every streamed axis."""
 
-    operands: tuple[Value | Sliced, ...]
-    """What `run` gets, as blocks, in this order."""
+    operands: tuple[Value | Sliced | Noise, ...]
+    """What `run` gets, as blocks, in this order; a value first."""
     dims: tuple[Dim, ...]
     """Dimensions of the result."""
     run: Callable[..., torch.Tensor]
@@ -160,4 +173,11 @@ def rule_for(target: Target) -> Rule | None:
 
 def functions() -> tuple[Callable[..., Any], ...]:
     """The registered functions that are written in Python: tracing must not go into them."""
-    return tuple(target for target in _RULES if isinstance(target, FunctionType))
+    found = (_named(target) if isinstance(target, str) else target for target in _RULES)
+    return tuple(function for function in found if isinstance(function, FunctionType))
+
+
+def _named(target: str) -> Any:
+    """What a qualified name stands for, if its module has been imported."""
+    module, _, name = target.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)

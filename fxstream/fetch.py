@@ -1,0 +1,69 @@
+"""Regions of the image on the device that computes: each is copied once a pass, ahead of its tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+Region = tuple[tuple[int, int], ...]
+"""Per streamed axis the first row and one past the last."""
+Regions = Mapping[Region, torch.Tensor]
+
+
+def fetch(
+    cut: Callable[[Region], torch.Tensor], source: torch.device, target: torch.device, plan: Sequence[Sequence[Region]]
+) -> Iterator[Regions]:
+    """For each tile of `plan` its regions on `target`; the copies of the next tile have been started by then.
+
+    `cut` gives a region as a view of the image, which is on `source`. Nothing is copied if that is the target.
+    """
+    move: _Move = _Beside(target) if source.type == "cpu" and target.type == "cuda" else _Plainly(target)
+    coming = {region: move.start(cut(region)) for region in plan[0]}
+    for following in (*plan[1:], ()):
+        here = coming
+        move.finish(here)
+        coming = {region: move.start(cut(region)) for region in following}
+        yield here
+
+
+class _Move(Protocol):
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where the rows will be, once `finish` has been called."""
+
+    def finish(self, regions: Regions) -> None:
+        """Have whatever is computed from here on wait for these."""
+
+
+class _Plainly:
+    """Copies that are done when they have been started, if one is needed at all."""
+
+    def __init__(self, target: torch.device):
+        self.target = target
+
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.target)
+
+    def finish(self, regions: Regions) -> None:
+        pass
+
+
+class _Beside:
+    """Copies out of pinned memory, on a stream beside the one that computes."""
+
+    def __init__(self, target: torch.device):
+        self.target = target
+        self.stream = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def start(self, rows: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty_like(rows, pin_memory=True).copy_(rows)
+        with torch.cuda.stream(self.stream):
+            return pinned.to(self.target, non_blocking=True)
+
+    def finish(self, regions: Regions) -> None:
+        computing = torch.cuda.current_stream(self.target)
+        computing.wait_stream(self.stream)
+        for rows in regions.values():
+            # Its memory belongs to the other stream: not to be used anew before this one is done with it.
+            rows.record_stream(computing)

@@ -1,0 +1,29 @@
+"""Module hooks: which ones compute a weight, and can run outside the tile loop, and which ones are anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _all(module: nn.Module) -> Iterator[Any]:
+    for registry in _REGISTRIES:
+        yield from getattr(module, registry).values()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything runs when the module is called, apart from its own forward and what computes its weights."""
+    return any(not isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)) for hook in _all(module))
+
+
+def computed_weights(module: nn.Module) -> set[str]:
+    """Attributes that hooks compute from parameters before each forward: pruned and normalised weights."""
+    names = {hook.name for hook in _all(module) if isinstance(hook, (SpectralNorm, WeightNorm))}
+    return names | {hook._tensor_name for hook in _all(module) if isinstance(hook, BasePruningMethod)}

@@ -1,0 +1,33 @@
+"""Shallow copies of module trees: modules of their own, with the same Parameters and buffer tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_OWN = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+"""The registries that torch.nn.Module gives every module: parameters, buffers, submodules, hooks."""
+_BOUND = ("_compiled_call_impl",)
+"""Attributes that belong to one module alone: what `module.compile()` has made of it."""
+
+
+def mirror(module: Module, memo: dict[int, nn.Module]) -> Module:
+    """A shallow copy of a module tree. A module that stands in several places stays one module."""
+    if id(module) not in memo:
+        twin = memo[id(module)] = object.__new__(type(module))
+        vars(twin).update({name: value for name, value in vars(module).items() if name not in _BOUND})
+        mirror_registries(twin, module, memo)
+    return memo[id(module)]  # type: ignore[return-value]  # the memo holds modules of all types
+
+
+def mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Module]) -> None:
+    """Give `twin` registries of its own, with what those of `module` hold and mirrored submodules."""
+    for name in _OWN:
+        if name in vars(module):  # a module pickled by an older torch may lack some
+            vars(twin)[name] = copy.copy(vars(module)[name])
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else mirror(child, memo)

@@ -1,0 +1,68 @@
+"""What a conversion fixes, and the forms of `tile_shape`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .errors import TileShapeError
+
+TileShape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a conversion fixes."""
+
+    names: tuple[str, ...]
+    """The image's dimensions, such as ("N", "C", "H", "W")."""
+    tile_shape: TileShape
+    """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
+    freeze_batchnorm: bool
+    guards: Mapping[str, bool] = field(default_factory=dict)
+    """Path of a module -> the training flag that the traced control flow relies on."""
+    entered: tuple[str, ...] = ()
+    """Paths of modules whose operations are in the graphs without a call of the module."""
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """The streamed axes and the size of a tile along each."""
+        sizes = zip(self.names, self.tile_shape, strict=True)
+        return {name: size for name, size in sizes if size is not None and name != "C"}
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The streamed axes."""
+        return tuple(self.tiles)
+
+    def retiled(self, tile_shape: object) -> Settings:
+        """The same with tiles of another size. Raises TileShapeError, also if other axes would be streamed."""
+        changed = replace(self, tile_shape=parse(tile_shape, self.names))
+        if changed.axes != self.axes:
+            raise TileShapeError(
+                f"tile_shape={tile_shape!r} streams along {', '.join(changed.axes)}, and the model was converted to "
+                f"stream along {', '.join(self.axes)}. Way out: convert the original model with this tile_shape"
+            )
+        return changed
+
+
+def parse(tile_shape: object, names: tuple[str, ...]) -> TileShape:
+    """One size a dimension, (N, C, *spatial), from any form of `tile_shape`. Raises TileShapeError."""
+    spatial = len(names) - 2
+    forms = f"a size, ({', '.join(names[2:])}) or ({', '.join(names)})"
+    if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
+        sizes: TileShape = (None, None, *(tile_shape,) * spatial)
+    elif not isinstance(tile_shape, (tuple, list)):
+        raise TileShapeError(f"tile_shape must be {forms}, not {tile_shape!r}")
+    elif len(tile_shape) == spatial:
+        sizes = (None, None, *tile_shape)
+    elif len(tile_shape) == spatial + 2:
+        sizes = tuple(tile_shape)
+    else:
+        raise TileShapeError(f"tile_shape must be {forms}; {tuple(tile_shape)!r} has {len(tile_shape)} entries")
+    for name, size in zip(names, sizes, strict=True):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise TileShapeError(f"tile_shape must hold positive integers or None, and has {size!r} for {name}")
+    if all(size is None for name, size in zip(names, sizes, strict=True) if name != "C"):
+        raise TileShapeError("tile_shape streams no axis: give at least one of its entries a size")
+    return sizes
