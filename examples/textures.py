@@ -47,8 +47,8 @@ class Textures(Dataset[tuple[torch.Tensor, int]]):
 def arguments(description: str | None) -> argparse.Namespace:
     """The command line that the training examples have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--size", type=int, default=512, help="height and width of an image in pixels")
-    parser.add_argument("--tile", type=int, default=256, help="tile size in pixels")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--size", type=int, default=256, help="height and width of an image in pixels")
+    parser.add_argument("--tile", type=int, default=128, help="tile size in pixels")
     parser.add_argument("--save", type=Path, metavar="FILE", help="where to save the state dict of the trained model")
     return parser.parse_args()

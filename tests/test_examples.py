@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 Weights = dict[str, torch.Tensor]
 
 
-def python(*arguments: str | Path, seconds: float = 120) -> None:
+def python(*arguments: str | Path, seconds: float = 300) -> None:
     """Run Python on the CPU, on one thread a process; fail with all that it wrote if it fails or takes too long."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     path = [str(EXAMPLES.parent), environment.get("PYTHONPATH", "")]
