@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
-from .errors import NothingToStreamError, StreamingWarning, WrappedModelError
+from .call import is_sharded
+from .errors import NothingToStreamError, ShardedError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition
 from .settings import Settings, parse
@@ -53,8 +54,8 @@ def convert(
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         TraceError: torch.fx cannot trace the model.
-        WrappedModelError: `model` is converted already, or wrapped by torch.compile, DistributedDataParallel or
-            fully_shard, which belong around the converted model.
+        WrappedModelError, ShardedError: `model` is converted already; or it has been given to torch.compile,
+            DistributedDataParallel or fully_shard, which are for the converted model.
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive.
         NothingToStreamError: the first operations are not local.
         StreamingError: the base class of these and of everything that the converted model raises at a call: InputError
@@ -88,6 +89,10 @@ def _check_unwrapped(model: nn.Module) -> None:
                 f"the model is wrapped by {name}. Way out: convert the model itself, and wrap the result: "
                 f"{name}(fxstream.convert(model, tile_shape))"
             )
+    if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+        raise ShardedError(
+            f"{sharded[0]} is only a shard (DTensor). Way out: convert the model first, and fully_shard the result"
+        )
 
 
 _WRAPPERS = {
@@ -95,7 +100,6 @@ _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
 }
 """By name: importing them all would take seconds."""
 

@@ -6,7 +6,6 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .call import prepare
+from .call import is_sharded, prepare
 from .errors import BatchNormModeError, DoubleBackwardError, HookError, InputError, ModeError, ShardedError
 from .hooks import has_hooks
 from .noise import restored_on_failure
@@ -47,6 +46,8 @@ class Streamed(nn.Module):
         (owner,) = self._owner
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
         modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        _check_sharded(modules, dict(zip(names[1:], inputs, strict=True)))
         _check_modules(owner, self.settings, modules)
         _check_image(image, self.settings)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
@@ -73,11 +74,6 @@ class Streamed(nn.Module):
 def _check_modules(owner: nn.Module, settings: Settings, called: Mapping[str, nn.Module]) -> None:
     entered = {path: owner.get_submodule(path) for path in settings.entered}
     for path, module in {**entered, **called}.items():
-        if any(map(_is_sharded, module.parameters(recurse=path in called))):
-            raise ShardedError(
-                f"{path or 'the model'} holds only a shard of its parameters (DTensor) when the streamed part runs. "
-                "Way out: fully_shard the converted model as a whole, and none of its streamed submodules."
-            )
         if any(map(has_hooks, module.modules() if path in called else [module])) and path:
             raise HookError(
                 f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
@@ -89,10 +85,14 @@ def _check_modules(owner: nn.Module, settings: Settings, called: Mapping[str, nn
             raise _mode_error(path, module)
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    # Whoever shards parameters has imported it, and nobody else should have to: it takes its time.
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
+def _check_sharded(called: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> None:
+    sharded = [path for path, module in called.items() if any(map(is_sharded, module.parameters()))]
+    sharded += [name for name, value in inputs.items() if is_sharded(value)]
+    if sharded:
+        raise ShardedError(
+            f"{sharded[0]} is only a shard (DTensor) when the streamed part reads it. "
+            "Way out: fully_shard the converted model as a whole, and none of its streamed submodules."
+        )
 
 
 def _mode_error(path: str, module: nn.Module) -> ModeError:

@@ -156,8 +156,15 @@ def fsdp_of_a_streamed_module() -> None:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     fully_shard(model.get_submodule("layer1"), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(fxstream.StreamingError, match="layer1"):
+    with pytest.raises(fxstream.StreamingError, match="^layer1.0 is only a shard"):
         model(share(batches(1)[0])[0])
+
+
+def fsdp_before_the_conversion() -> None:
+    model = plain()
+    fully_shard(model.get_submodule("fc"), mesh=init_device_mesh("cpu", (PROCESSES,)))
+    with pytest.raises(fxstream.ShardedError, match=r"^fc\.weight is only a shard.*convert the model first"):
+        fxstream.convert(model, TILE)
 
 
 def in_process(rank: int, meeting_point: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -221,3 +228,7 @@ def test_fsdp(tmp_path: Path, apart: list[str], options: dict[str, Any]) -> None
 
 def test_fsdp_of_a_streamed_module_is_refused(tmp_path: Path) -> None:
     run(tmp_path, fsdp_of_a_streamed_module)
+
+
+def test_fsdp_before_the_conversion_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, fsdp_before_the_conversion)
