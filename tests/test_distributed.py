@@ -156,7 +156,7 @@ def fsdp_of_a_streamed_module() -> None:
     mesh = init_device_mesh("cpu", (PROCESSES,))
     fully_shard(model.get_submodule("layer1"), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(fxstream.StreamingError, match="^layer1.0 is only a shard"):
+    with pytest.raises(fxstream.StreamingError, match=r"^layer1\.0 is only a shard"):
         model(share(batches(1)[0])[0])
 
 
