@@ -21,7 +21,7 @@ from reference import randomise
 from torch import nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
 
 import fxstream
 from fxstream.axes import Value
@@ -770,7 +770,10 @@ PRODUCT_CASES = [
 
 
 class InheritedDepth(StochasticDepth):
-    """Traced through: a class of its own has no rule, but the function has that it calls."""
+    """Traced through: with a forward of its own it has no rule, but the function has that it calls."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return stochastic_depth(input, self.p, self.mode, self.training)
 
 
 OTHER_CASES = [

@@ -85,7 +85,16 @@ def batch_norm_function(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Local | NotLocal:
-    return batch_norm(input, running_mean, running_var, weight, bias, training, eps, "call it with training=False")
+    return batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        eps,
+        "call it with training=False, or convert with freeze_batchnorm=True",
+    )
 
 
 def instance_norm(m: Any, input: Value) -> Local | NotLocal:

@@ -144,7 +144,7 @@ def register(
     """Declare the rule of one or several operations.
 
     Args:
-        targets: module classes (exactly these: a subclass may have its own forward), functions as torch.fx records
+        targets: module classes (and what extends them without methods of its own), functions as torch.fx records
             them, names of tensor methods; or, of a library that need not be installed, a class or function by its
             qualified name ("torchvision.ops.stochastic_depth.StochasticDepth").
         spatial: the number of spatial axes, for operations that fix it (2 for Conv2d).
@@ -161,7 +161,18 @@ def register(
 
 
 def rule_for(target: Target) -> Rule | None:
-    """The rule of a module class, a function or a tensor method."""
+    """The rule of a module class, a function or a tensor method.
+
+    A class has the rule of the one that it extends, if it changes nothing that may run when it is called.
+    """
+    for heir in target.__mro__ if isinstance(target, type) else [target]:
+        rule = _declared(heir)
+        if rule is not None or not isinstance(heir, type) or _behaves(heir):
+            return rule
+    return None
+
+
+def _declared(target: Target) -> Rule | None:
     try:
         rule = _RULES.get(target)
     except TypeError:  # not hashable
@@ -169,6 +180,15 @@ def rule_for(target: Target) -> Rule | None:
     if rule is None and not isinstance(target, str):
         rule = _RULES.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}")
     return rule
+
+
+_PASSIVE = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__annotate__", "__annotate_func__"}
+
+
+def _behaves(heir: type) -> bool:
+    """Whether a class has methods or properties of its own, but for those that do not run when it is called."""
+    own = {name for name, value in vars(heir).items() if callable(value) or isinstance(value, property)}
+    return not own <= _PASSIVE
 
 
 def functions() -> tuple[Callable[..., Any], ...]:

@@ -1,0 +1,237 @@
+"""train() and eval(), of the whole model and of single modules, at any time: as the plain model follows them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from reference import assert_exact, handed_over, randomise
+from torch import nn
+
+import fxstream
+from fxstream.testing import compare, head, relative_error
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A batch norm written out, as timm's BatchNormAct2d and others are: its forward branches on its mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        statistics = (self.running_mean, self.running_var)
+        if self.training:
+            x = F.batch_norm(x, *statistics, self.weight, self.bias, True, 0.1, self.eps)
+        else:
+            x = F.batch_norm(x, *statistics, self.weight, self.bias, False, 0.1, self.eps)
+        return F.relu(x)
+
+
+def timms(channels: int) -> nn.Module:
+    layer: nn.Module = pytest.importorskip("timm.layers").BatchNormAct2d(channels)
+    return layer
+
+
+class WithFlag(nn.Module):
+    """Hands its flag to torch's function."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+class Net(nn.Module):
+    """Normalises in the part that streams and, behind a pooling over the image, in the head."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        # Without biases, whose gradients a batch norm in training mode lets vanish.
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, stride=2, bias=False), norm(4)
+        self.last = nn.Conv2d(4, 5, 3, padding=1, bias=False)
+        self.head = nn.Sequential(nn.Conv2d(5, 6, 1, bias=False), norm(6), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.last(self.norm(self.conv(x)))
+        return self.head(F.adaptive_avg_pool2d(x, 4))
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "torch": nn.BatchNorm2d,
+    "subclass": type("Subclass", (nn.BatchNorm2d,), {}),
+    "own forward": OwnNorm,
+    "timm": timms,
+}
+
+
+def net(norm: Callable[[int], nn.Module]) -> nn.Module:
+    return randomise(Net(norm).double())
+
+
+IMAGE = (2, 3, 33, 29)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxstream.StreamingWarning)
+        yield
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("start", [True, False], ids=["converted in train mode", "converted in eval mode"])
+def test_frozen_batch_norms_stay_so_and_those_of_the_head_follow_their_mode(norm: str, start: bool) -> None:
+    plain = net(NORMS[norm]).train(start)
+    converted = fxstream.convert(copy.deepcopy(plain), 8, freeze_batchnorm=True)
+    assert handed_over(converted) == ["last"]
+    for mode in (True, False, True, start):
+        plain.train(mode)
+        plain.norm.eval()
+        converted.train(mode)
+        compare(plain, converted, torch.randn(IMAGE))
+    for name, buffer in plain.named_buffers():  # how often they were updated among them
+        assert relative_error(converted.get_buffer(name), buffer) < 1e-10, name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_streamed_batch_norm_in_training_mode_is_an_error(norm: str) -> None:
+    plain = net(NORMS[norm]).eval()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    compare(plain, converted, torch.randn(IMAGE))
+    converted.train()
+    with pytest.raises(fxstream.BatchNormModeError, match=r"^norm is in training mode.*freeze_batchnorm=True"):
+        converted(torch.randn(IMAGE).double())
+    converted.norm.eval()
+    plain.train()
+    plain.norm.eval()
+    compare(plain, converted, torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_batch_norm_that_ended_the_prefix_follows_its_mode(norm: str) -> None:
+    plain = net(NORMS[norm]).train()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert handed_over(converted) == ["conv"]
+    for mode in (True, False, True):
+        compare(plain.train(mode), converted.train(mode), torch.randn(IMAGE))
+
+
+def test_a_flag_that_is_handed_to_torch() -> None:
+    plain = net(WithFlag).eval()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert handed_over(converted) == ["last"]
+    compare(plain, converted, torch.randn(IMAGE))
+    converted.head.train()
+    plain.head.train()
+    compare(plain, converted, torch.randn(IMAGE))
+    converted.train()
+    with pytest.raises(fxstream.BatchNormModeError, match=r"^norm: batch_norm is in training mode"):
+        converted(torch.randn(IMAGE).double())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_model_whose_structure_depends_on_its_mode(name: str) -> None:
+    model = torchvision.models.get_model(name, init_weights=False, aux_logits=True).double()
+    for mode, converting in ((True, "train"), (False, "eval")):
+        converted = fxstream.convert(model.train(mode), 64, freeze_batchnorm=True)
+        with pytest.raises(
+            fxstream.ModeError, match=rf"the model depends on its mode: it was converted in {converting}"
+        ):
+            converted.train(not mode)(torch.randn(2, 3, 75, 75).double())
+
+
+def test_a_model_whose_structure_depends_on_its_mode_is_exact_in_that_mode() -> None:
+    model = torchvision.models.googlenet(init_weights=False, aux_logits=True, num_classes=5).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    last = ["cat_2", "cat_5", "cat_8"]
+    assert_exact(randomise(model), (2, 3, 171, 187), 96, last=last, freeze_batchnorm=True)
+
+
+class Auxiliary(nn.Module):
+    """A module of the head that branches on its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if self.training else x.relu()
+
+
+def test_a_branch_in_the_head_follows_its_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Auxiliary()).double().eval()
+    converted = fxstream.convert(copy.deepcopy(model), 8)
+    assert head(converted) == ["_1", "_2", "_3"]
+    for mode in (True, False):
+        compare(model.train(mode), converted.train(mode), torch.randn(IMAGE))
+
+
+def test_a_branch_in_the_prefix_is_named() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if self.training else x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Branch()), nn.Conv2d(4, 4, 3))
+    converted = fxstream.convert(model.eval(), 8)
+    converted.get_submodule("1.0").train()
+    with pytest.raises(fxstream.ModeError, match=r"^the forward of 1\.0 depends on its mode: it was converted in eval"):
+        converted(torch.randn(IMAGE))
+
+
+def test_modes_may_change_between_forward_and_backward() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.RReLU(), nn.Conv2d(4, 4, 3)).double().eval()
+    converted = fxstream.convert(copy.deepcopy(model), 8)
+    image = torch.randn(IMAGE).double()
+    found = []
+    for net in (model, converted):
+        loss = net(image).square().sum()
+        net.train()
+        loss.backward()
+        found.append({name: parameter.grad for name, parameter in net.named_parameters()})
+    for name, gradient in found[0].items():
+        assert relative_error(found[1][name], gradient) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "regnetx_002", "hrnet_w18_small"])
+def test_timms_models_stream_to_their_global_pooling(name: str) -> None:
+    """Their batch norms are classes of their own."""
+    model = pytest.importorskip("timm").create_model(name)
+    (stop,) = fxstream.analyze(model, freeze_batchnorm=True).stops
+    assert "pools over the whole image" in stop.reason
+
+
+def test_a_model_of_timm_trains_exactly() -> None:
+    model = randomise(pytest.importorskip("timm").create_model("resnet14t", num_classes=3)).double().train()
+    converted = fxstream.convert(copy.deepcopy(model), 40, freeze_batchnorm=True)
+    compare(model.eval(), converted.train(), torch.randn(1, 3, 97, 71))
+
+
+def test_no_grad_and_autocast_inside_a_forward_are_refused_by_name() -> None:
+    class Inner(nn.Module):
+        def __init__(self, region: Callable[[], Any]) -> None:
+            super().__init__()
+            self.region = region
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with self.region():
+                x = self.conv(x)
+            return x * 2
+
+    for region in (torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Inner(region)), nn.ReLU())
+        (stop,) = fxstream.analyze(model).stops
+        assert stop.reason.startswith("1.0 is one opaque call: torch.fx cannot trace it: it computes inside")
+        with pytest.raises(fxstream.TraceError, match=r"Inner\.forward: it computes inside torch\.no_grad"):
+            fxstream.convert(Inner(region), 8)
