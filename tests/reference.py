@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
 from fxstream.stream import Streamed
@@ -96,3 +97,25 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.running_mean.copy_(torch.randn(shape, generator=generator))
                 module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
     return model
+
+
+class Operations(TorchDispatchMode):
+    """Counts how often operations of a name run, in forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def counts(model: nn.Module, *inputs: Any) -> dict[str, int]:
+    """How often each operation runs in a forward and, where gradients are on, a backward pass."""
+    with Operations() as operations:
+        output = model(*inputs)
+        if torch.is_grad_enabled():
+            output.sum().backward()
+    return operations.counts

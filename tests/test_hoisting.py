@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact, handed_over
+from reference import assert_exact, counts, handed_over
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
 from fxstream.testing import head, relative_error
@@ -24,28 +23,6 @@ IMAGE = (5, 3, 23, 37)
 
 # Along H and W; one of them; the batch, too; the batch alone. The last batch of five is smaller than a tile.
 TILES = [7, (None, 5), (2, None, 16, 16), (2, None, None, None)]
-
-
-class Operations(TorchDispatchMode):
-    """Counts how often operations of a name run, in forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
-
-
-def counts(model: nn.Module, *inputs: Any) -> dict[str, int]:
-    """How often each operation runs in a forward and, where gradients are on, a backward pass."""
-    with Operations() as operations:
-        output = model(*inputs)
-        if torch.is_grad_enabled():
-            output.sum().backward()
-    return operations.counts
 
 
 def assert_computed_once(model: nn.Module, inputs: tuple[Any, ...], hoisted: list[str]) -> None:
