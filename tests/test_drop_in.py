@@ -12,8 +12,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
+from fxstream.testing import compare, relative_error
 
 
 class Net(nn.Module):
@@ -132,6 +135,104 @@ def test_a_copy_is_independent(duplicate: Callable[[Any], Any]) -> None:
             parameter.zero_()
     assert torch.equal(converted(image), expected)
     assert torch.equal(twin(image), torch.zeros_like(expected))
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_state_dicts_go_both_ways_through_a_file(weights_only: bool) -> None:
+    original, converted = Net().double().eval(), fxstream.convert(Net().double().eval(), 16)
+    image = torch.randn(1, 3, 33, 33, dtype=torch.float64)
+    for source, target in ((original, converted), (converted, Net().double().eval())):
+        file = io.BytesIO()
+        torch.save(source.state_dict(), file)
+        file.seek(0)
+        missing = target.load_state_dict(torch.load(file, weights_only=weights_only), strict=True)
+        assert not missing.missing_keys
+        torch.testing.assert_close(target(image), original(image))
+
+
+def test_averaged_models_follow_as_those_of_the_plain_model_do() -> None:
+    plain = Net().double().eval()
+    converted = fxstream.convert(copy.deepcopy(plain), 16)
+    image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
+    outputs = []
+    for model in (plain, converted):
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(3):
+            train(model, optimiser, 1)
+            average.update_parameters(model)
+        outputs += [average(image), model(image)]
+    torch.testing.assert_close(outputs[2:], outputs[:2])
+    assert not torch.allclose(outputs[2], outputs[3])
+
+
+def test_a_copy_of_a_copy_trains() -> None:
+    plain = Net().double().eval()
+    twin = through_pickle(copy.deepcopy(through_a_file(fxstream.convert(plain, 16))))
+    expected = train(plain, torch.optim.SGD(plain.parameters(), lr=0.05), 3)
+    assert train(twin, torch.optim.SGD(twin.parameters(), lr=0.05), 3) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("tile_shape", [7, (64, 9), [16, 16], (None, None, 33, 12)])
+@pytest.mark.parametrize("duplicate", COPIES, ids=["itself", "deepcopy", "pickle", "torch.save"])
+def test_the_tile_shape_can_be_changed(tile_shape: Any, duplicate: Callable[[Any], Any]) -> None:
+    model = Net().double().eval()
+    converted = fxstream.convert(model, 16)
+    graph = converted.streamed.graph
+    converted.tile_shape = tile_shape
+    assert converted.streamed.graph is graph, "traced anew"
+    expected = fxstream.convert(model, tile_shape)
+    assert converted.tile_shape == expected.tile_shape
+    converted = duplicate(converted)
+    assert converted.tile_shape == expected.tile_shape
+    image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
+    shapes: list[torch.Size] = []
+    for net in (converted, expected):
+        with Sizes(shapes):
+            net(image)
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :], "other tiles"
+    compare(model, converted, image)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes what convolutions are given."""
+
+    def __init__(self, shapes: list[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_tile_shape_may_change_between_forward_and_backward() -> None:
+    model = Net().double().eval()
+    converted = fxstream.convert(copy.deepcopy(model), 16)
+    image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
+    for net in (model, converted):
+        loss = net(image).square().sum()
+        if net is converted:
+            converted.tile_shape = 5
+        loss.backward()
+    for one, other in zip(converted.parameters(), model.parameters(), strict=True):
+        assert relative_error(one.grad, other.grad) < 1e-10
+
+
+@pytest.mark.parametrize("tile_shape", [0, (8,), "8", None])
+def test_a_wrong_tile_shape_changes_nothing(tile_shape: Any) -> None:
+    converted = fxstream.convert(Net().eval(), 16)
+    with pytest.raises(fxstream.TileShapeError, match="tile_shape must"):
+        converted.tile_shape = tile_shape
+    assert converted.tile_shape == (None, None, 16, 16)
+
+
+@pytest.mark.parametrize("tile_shape", [(1, None, 8, 8), (None, 8), (4, None, None, None)])
+def test_a_tile_shape_along_other_axes_needs_another_conversion(tile_shape: Any) -> None:
+    converted = fxstream.convert(Net().eval(), 16)
+    with pytest.raises(fxstream.TileShapeError, match=r"converted to stream along H, W\. Way out: convert"):
+        converted.tile_shape = tile_shape
 
 
 def test_parameters_are_the_same_objects_and_containers_are_reachable() -> None:

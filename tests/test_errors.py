@@ -249,8 +249,10 @@ def test_the_graphs_print_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_not_a_model() -> None:
     with pytest.raises(TypeError, match=r"torch.nn.Module, not str"):
         fxstream.convert("resnet18", 8)  # type: ignore[arg-type]  # on purpose
-    with pytest.raises(fxstream.StreamingError, match="converted already"):
+    with pytest.raises(fxstream.WrappedModelError, match=r"converted already\. Way out: set its tile_shape"):
         fxstream.convert(fxstream.convert(small(), 8), 16)
+    with pytest.raises(fxstream.WrappedModelError, match=r"DataParallel.*DataParallel\(fxstream\.convert"):
+        fxstream.convert(nn.DataParallel(small()), 8)
 
 
 def test_an_operation_without_a_rule_is_named() -> None:
