@@ -1,0 +1,117 @@
+"""The image on another device than the model: which regions are fetched, when, and that they are the right ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+
+import pytest
+import torch
+from torch import nn
+
+import fxstream
+from fxstream.fetch import Region, Regions, fetch
+from fxstream.testing import relative_error
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def test_the_next_regions_are_on_their_way_while_a_tile_computes() -> None:
+    plan: list[list[Region]] = [[((0, 4),)], [((4, 8),), ((5, 9),)], [], [((8, 12),)]]
+    image = torch.arange(12.0)
+    cut: list[Region] = []
+
+    def rows(region: Region) -> torch.Tensor:
+        cut.append(region)
+        return image[slice(*region[0])]
+
+    tiles = fetch(rows, CPU, META, plan)
+    for index, wanted in enumerate(plan):
+        regions = next(tiles)
+        assert list(regions) == wanted
+        assert all(tensor.device == META for tensor in regions.values())
+        assert cut == [*chain(*plan[: index + 2])], "those of the next tile, and none twice"
+    assert next(tiles, None) is None
+
+
+def test_nothing_is_copied_where_the_image_is_there_already() -> None:
+    image = torch.arange(12.0)
+    (regions,) = fetch(lambda region: image[slice(*region[0])], CPU, CPU, [[((3, 7),)]])
+    assert regions[((3, 7),)].data_ptr() == image[3:].data_ptr()
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Sequence[Region]]]:
+    """The plan of every pass."""
+    plans: list[Sequence[Sequence[Region]]] = []
+
+    def recording(
+        cut: Callable[[Region], torch.Tensor],
+        source: torch.device,
+        target: torch.device,
+        plan: Sequence[Sequence[Region]],
+    ) -> Iterator[Regions]:
+        plans.append(plan)
+        # Copies, as they would be on another device: no tensor of the image itself reaches a tile.
+        for regions in fetch(cut, source, target, plan):
+            yield {region: rows.clone() for region, rows in regions.items()}
+
+    monkeypatch.setattr("fxstream.scan.fetch", recording)
+    return plans
+
+
+class Branches(nn.Module):
+    """Reads the image twice with one window, once with another, and as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 5, padding=2), nn.Conv2d(3, 4, 5, padding=2)
+        self.three = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) * self.two(x) + self.three(x) * x[:, :1]
+
+
+@pytest.mark.parametrize("image_grad", [True, False])
+def test_every_region_is_fetched_once_a_pass(fetched: list[Sequence[Sequence[Region]]], image_grad: bool) -> None:
+    model = Branches().double()
+    converted = fxstream.convert(copy.deepcopy(model), (16, 20))
+    image = torch.randn(2, 3, 53, 47, dtype=torch.float64, requires_grad=image_grad)
+    inputs = [image] if image_grad else []
+    output, expected = converted(image), model(image)
+    assert relative_error(output, expected) < 1e-10
+    found = torch.autograd.grad(output.square().sum(), [*inputs, *converted.parameters()])
+    for one, other in zip(
+        found, torch.autograd.grad(expected.square().sum(), [*inputs, *model.parameters()]), strict=True
+    ):
+        assert relative_error(one, other) < 1e-10
+    forward, backward = fetched
+    assert list(backward) == list(forward)[::-1], "the backward pass fetches the same, in reverse"
+    covered = torch.zeros(53, 47)
+    for regions in forward:
+        assert len(regions) == len(set(regions)) <= 2, "two readers with the same window share a copy"
+        for rows, columns in regions:
+            assert rows[1] - rows[0] <= 16 + 8
+            assert columns[1] - columns[0] <= 20 + 8
+            covered[slice(*rows), slice(*columns)] = 1
+    assert covered.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("image_grad", [True, False])
+def test_an_image_in_host_memory_and_a_model_on_the_gpu(image_grad: bool) -> None:
+    model = Branches().double().cuda()
+    converted = fxstream.convert(copy.deepcopy(model), (16, 20))
+    for _ in range(3):
+        image = torch.randn(2, 3, 253, 247, dtype=torch.float64, requires_grad=image_grad)
+        moved = image.detach().cuda().requires_grad_(image_grad)
+        output, expected = converted(image), model(moved)
+        assert output.is_cuda
+        assert relative_error(output, expected) < 1e-10
+        inputs, others = ([image], [moved]) if image_grad else ([], [])
+        found = torch.autograd.grad(output.square().sum(), [*inputs, *converted.parameters()])
+        wanted = torch.autograd.grad(expected.square().sum(), [*others, *model.parameters()])
+        assert not image_grad or found[0].device == image.device
+        for one, other in zip(found, wanted, strict=True):
+            assert relative_error(one.cpu(), other.cpu()) < 1e-10
