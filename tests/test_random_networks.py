@@ -116,7 +116,8 @@ class Builder:
             "nn": nn,
         }
         self.values: list[str] = ["x"]
-        self.views: list[str] = []
+        self.views: dict[str, set[str]] = {}
+        """A value that may be a view -> those whose memory it may share."""
         self.modules: list[str] = []
         self.count = 0
         self.axes = len(shape) - 2
@@ -575,7 +576,8 @@ class Builder:
     def viewed(self, expression: str) -> str | None:
         name = self.line(expression)
         if name:
-            self.views.append(name)
+            sources = set(re.findall(r"\b(?:v\d+|x)\b", expression))
+            self.views[name] = sources.union(*(self.views.get(source, ()) for source in sources))
         return name
 
     def overwritten(self) -> str | None:
@@ -594,7 +596,9 @@ class Builder:
 
     def overwrite(self, v: str, expression: str, comment: str = "") -> str | None:
         """An in-place operation: a statement such as `v += u`, or an expression whose result may get a name."""
-        shares = [name for name in self.views if self.storage(name) == self.storage(v)]
+        # What torch copies here, it need not copy for another layout in memory.
+        mine = {v, *self.views.get(v, ())}
+        shares = any(mine & {name, *sources} for name, sources in self.views.items())
         if "= " in expression.split("(")[0]:
             done = self.statement(v, expression, comment)
         elif self.chance(2):
