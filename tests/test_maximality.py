@@ -289,7 +289,7 @@ def tile_shape(case: Case, axis: str, size: int) -> tuple[int | None, ...]:
 
 def stops(model: nn.Module, case: Case) -> list[Finding]:
     """Where streaming along the case's axis alone ends; `fxstream.analyze` streams the spatial axes together."""
-    traced = trace(model)
+    traced = trace(model, {}, False)
     names = axis_names(len(case.sizes) - 2)
     return Analysis(traced, image_node(traced.graph, None), names, (case.axis,), freeze=False).stops
 

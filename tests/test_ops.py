@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import randomise
+from timm.layers import DropPath, drop_path
 from torch import nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
@@ -809,6 +810,8 @@ OTHER_CASES = [
     *(_call(F.dropout, p, training) for p, training in ((0.0, True), (0.5, False))),
     *(_call(StochasticDepth(0.3, mode)) for mode in ("row", "batch")),
     _call(InheritedDepth(0.3, "row")),
+    _call(DropPath(0.3)),
+    _call(drop_path, 0.3, training=False),
     *(
         Case(
             f"Swin windows shifted by {shift}",
@@ -1131,6 +1134,7 @@ def _prepare(op: Op) -> None:
 
 def test_every_rule_has_a_case() -> None:
     reached = {key for case in CASES for key in _reached(case)}
+    reached |= {torch.rand_like, torch.randn_like}  # never the same twice: see test_randomness.py
     missing = [key for key in _RULES if key not in reached]
     assert not missing, f"no case reaches the rules of {missing}"
 
@@ -1139,7 +1143,7 @@ def _reached(case: Case) -> Iterator[Any]:
     """The keys of the registry under which the traced graph of a case is looked up."""
     if isinstance(case.op, nn.Module):
         case.op.eval()
-    traced = trace(_as_module(case.op, case.args, dict(case.kwargs)))
+    traced = trace(_as_module(case.op, case.args, dict(case.kwargs)), {}, False)
     for node in traced.graph.nodes:
         if not node.op.startswith("call"):
             continue
