@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -111,13 +110,6 @@ def prepare(
     frozen = {path: mirror(module, memo) for path, module in modules.items()}
     call = Call(graph, settings, frozen, tuple(image.shape), template, tuple(state), autocast, device)
     return call, [image, *tensors]
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether a value is a DTensor, of which this process may hold a part."""
-    # Whoever shards parameters has imported it, and nobody else should have to: that takes a second.
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
-from .call import is_sharded
+from .checks import is_sharded
 from .errors import NothingToStreamError, ShardedError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition

@@ -6,17 +6,15 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .call import is_sharded, prepare
-from .errors import BatchNormModeError, DoubleBackwardError, HookError, InputError, ModeError, ShardedError
-from .hooks import has_hooks
+from .call import prepare
+from .checks import check_hooks, check_image, check_modes, check_whole
+from .errors import DoubleBackwardError
 from .noise import restored_on_failure
 from .scan import Scan
 from .serialize import dump_graph, load_graph
@@ -47,9 +45,10 @@ class Streamed(nn.Module):
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
         modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        _check_sharded(modules, dict(zip(names[1:], inputs, strict=True)))
-        _check_modules(owner, self.settings, modules)
-        _check_image(image, self.settings)
+        check_image(image, self.settings)
+        check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
+        check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
+        check_modes({path: owner.get_submodule(path) for path in self.settings.guards}, self.settings.guards)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
         scan = Scan(call, tensors)
         with restored_on_failure() if scan.random else nullcontext():
@@ -69,56 +68,6 @@ class Streamed(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
-
-
-def _check_modules(owner: nn.Module, settings: Settings, called: Mapping[str, nn.Module]) -> None:
-    entered = {path: owner.get_submodule(path) for path in settings.entered}
-    for path, module in {**entered, **called}.items():
-        if any(map(has_hooks, module.modules() if path in called else [module])) and path:
-            raise HookError(
-                f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
-                "Way out: register it before the conversion; streaming then ends in front of this module."
-            )
-    for path, training in settings.guards.items():
-        module = owner.get_submodule(path)
-        if module.training is not training:
-            raise _mode_error(path, module)
-
-
-def _check_sharded(called: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> None:
-    sharded = [path for path, module in called.items() if any(map(is_sharded, module.parameters()))]
-    sharded += [name for name, value in inputs.items() if is_sharded(value)]
-    if sharded:
-        raise ShardedError(
-            f"{sharded[0]} is only a shard (DTensor) when the streamed part reads it. "
-            "Way out: fully_shard the converted model as a whole, and none of its streamed submodules."
-        )
-
-
-def _mode_error(path: str, module: nn.Module) -> ModeError:
-    if isinstance(module, _BatchNorm) and module.training:
-        return BatchNormModeError(
-            f"{path} is in training mode and needs the mean and variance over the streamed axes. "
-            "Way out: call .eval() on it, or convert with freeze_batchnorm=True."
-        )
-    mode, now = ("eval", "train") if module.training else ("train", "eval")
-    return ModeError(
-        f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
-        f"called in {now} mode. Way out: call .{mode}(), or convert the model again in {now} mode."
-    )
-
-
-def _check_image(image: Any, settings: Settings) -> None:
-    form = f"({', '.join(settings.names)})"
-    if not isinstance(image, torch.Tensor):
-        raise InputError(f"the streamed image must be a tensor {form}, not {type(image).__name__}")
-    if image.dim() != len(settings.names):
-        raise InputError(f"the streamed image must be {form}, and has the shape {tuple(image.shape)}")
-    channels = settings.tile_shape[1]
-    if channels is not None and image.shape[1] != channels:
-        raise InputError(f"tile_shape says {channels} channels, and the image has {image.shape[1]}")
-    if not image.numel():
-        raise InputError(f"the streamed image is empty: {tuple(image.shape)}")
 
 
 class _StreamedFunction(torch.autograd.Function):

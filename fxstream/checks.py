@@ -1,0 +1,79 @@
+"""What must hold when the streamed part is called, and the errors if it does not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import BatchNormModeError, HookError, InputError, ModeError, ShardedError
+from .hooks import has_hooks
+from .settings import Settings
+
+
+def check_image(image: Any, settings: Settings) -> None:
+    """Raises InputError unless the image is a tensor of the right rank and number of channels."""
+    form = f"({', '.join(settings.names)})"
+    if not isinstance(image, torch.Tensor):
+        raise InputError(f"the streamed image must be a tensor {form}, not {type(image).__name__}")
+    if image.dim() != len(settings.names):
+        raise InputError(f"the streamed image must be {form}, and has the shape {tuple(image.shape)}")
+    channels = settings.tile_shape[1]
+    if channels is not None and image.shape[1] != channels:
+        raise InputError(f"tile_shape says {channels} channels, and the image has {image.shape[1]}")
+    if not image.numel():
+        raise InputError(f"the streamed image is empty: {tuple(image.shape)}")
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a DTensor, of which this process may hold a part."""
+    # Whoever shards parameters has imported it, and nobody else should have to: that takes a second.
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def check_whole(called: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> None:
+    """Raises ShardedError if one of the modules or inputs, by path or name, is a shard."""
+    sharded = [path for path, module in called.items() if any(map(is_sharded, module.parameters()))]
+    sharded += [name for name, value in inputs.items() if is_sharded(value)]
+    if sharded:
+        raise ShardedError(
+            f"{sharded[0]} is only a shard (DTensor) when the streamed part reads it. "
+            "Way out: fully_shard the converted model as a whole, and none of its streamed submodules."
+        )
+
+
+def check_hooks(called: Mapping[str, nn.Module], entered: Mapping[str, nn.Module]) -> None:
+    """Raises HookError if a module has a hook that would not run as it should.
+
+    Those of a module that was `entered` would not run at all; but those of the root, under "", do.
+    """
+    inside = ((path, part) for path, module in called.items() for part in module.modules())
+    for path, module in chain(entered.items(), inside):
+        if path and has_hooks(module):
+            raise HookError(
+                f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
+                "Way out: register it before the conversion; streaming then ends in front of this module."
+            )
+
+
+def check_modes(modules: Mapping[str, nn.Module], guards: Mapping[str, bool]) -> None:
+    """Raises ModeError if a module is not in the mode in which its forward was traced."""
+    for path, module in modules.items():
+        if module.training is guards[path]:
+            continue
+        if isinstance(module, _BatchNorm) and module.training:
+            raise BatchNormModeError(
+                f"{path} is in training mode and needs the mean and variance over the streamed axes. "
+                "Way out: call .eval() on it, or convert with freeze_batchnorm=True."
+            )
+        mode, now = ("eval", "train") if module.training else ("train", "eval")
+        raise ModeError(
+            f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
+            f"called in {now} mode. Way out: call .{mode}(), or convert the model again in {now} mode."
+        )
