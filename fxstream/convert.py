@@ -13,7 +13,7 @@ from .checks import is_sharded
 from .errors import NothingToStreamError, ShardedError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition
-from .settings import Settings, parse
+from .settings import Settings, parse, parse_bytes
 from .stream import Streamed
 from .trace import Trace, trace
 from .tree import Converted
@@ -24,6 +24,7 @@ def convert(
     tile_shape: int | tuple[int | None, ...] | list[int | None],
     *,
     freeze_batchnorm: bool = False,
+    memory_budget: int | str | None = None,
     image: str | None = None,
     example_input: torch.Tensor | None = None,
 ) -> fx.GraphModule:
@@ -44,6 +45,9 @@ def convert(
             cut into equal steps of at most that size.
         freeze_batchnorm: streamed batch norms use their running statistics, and go on doing so whatever mode the model
             is put in. Their affine parameters still train.
+        memory_budget: bytes, as a number or as text such as "4GiB" or "500 MB", that may be held between forward and
+            backward, beyond carries and outputs, so that as many tiles as fit are not computed again: with enough of it
+            for all of them, a training step costs what a conventional one costs. None: every tile is.
         image: the name of the argument of `model.forward` that is streamed; the first by default.
         example_input: an image, needed only if no operation tells the number of spatial axes.
 
@@ -57,6 +61,7 @@ def convert(
         WrappedModelError, ShardedError: `model` is converted already; or it has been given to torch.compile,
             DistributedDataParallel or fully_shard, which are for the converted model.
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive.
+        MemoryBudgetError: `memory_budget` is no number of bytes.
         NothingToStreamError: the first operations are not local.
         StreamingError: the base class of these and of everything that the converted model raises at a call: InputError
             (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm in training
@@ -70,6 +75,7 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_unwrapped(model)
     analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
+    settings = replace(settings, memory_budget=parse_bytes(memory_budget))
     if not analysis.prefix:
         raise NothingToStreamError(_nothing(analysis))
     _warn_if_short(analysis)

@@ -23,6 +23,10 @@ class TileShapeError(StreamingError, ValueError):
     """`tile_shape` has a wrong form, or a size in it is not positive."""
 
 
+class MemoryBudgetError(StreamingError, ValueError):
+    """`memory_budget` is no number of bytes."""
+
+
 class InputError(StreamingError, ValueError):
     """The image has the wrong rank, number of channels or type."""
 

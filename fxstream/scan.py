@@ -6,7 +6,7 @@ The schedule says which rows; the rules say how an operation runs on them; this 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map
@@ -19,10 +19,18 @@ from .lower import Step, leaves, program
 from .noise import draw
 from .ops import Noise, Sliced
 from .schedule import Index, Tile, readers
+from .tape import Budget, Gradients, Key, Source, Tape, TileGraph
 
-Key = tuple[int, Tile, int]
-"""A kept piece: value, tile, piece."""
 Which = TypeVar("Which", int, Key)
+
+
+class Forward(NamedTuple):
+    """What the forward scan leaves."""
+
+    outputs: tuple[torch.Tensor, ...]
+    pieces: dict[Key, torch.Tensor]
+    graphs: dict[Tile, TileGraph]
+    """Of the tiles that need not be computed again."""
 
 
 class Scan:
@@ -62,11 +70,13 @@ class Scan:
         """Whether a gradient for (a part of) the value is of any use."""
         return self.steps[value - 1].differentiable and (tensor.is_floating_point() or tensor.is_complex())
 
-    def forward(self, keep: bool) -> tuple[tuple[torch.Tensor, ...], dict[Key, torch.Tensor]]:
-        """The outputs and, with `keep`, every piece that the backward scan needs."""
+    def forward(self, keep: bool) -> Forward:
+        """Compute the outputs and, with `keep`, have what the backward scan needs."""
         whole: dict[int, torch.Tensor] = {}
         pieces: dict[Key, torch.Tensor] = {}
+        graphs: dict[Tile, TileGraph] = {}
         expiring: dict[Tile, list[Key]] = {}
+        budget = Budget(self.call.settings.memory_budget if keep else 0, self.tensors)
         tiles = list(self.grid.tiles())
         previous: Tile = ()
         with torch.no_grad():
@@ -74,46 +84,71 @@ class Scan:
                 if not keep:
                     _drop_expired(pieces, expiring, previous, tile)
                 previous = tile
-                blocks, kept = self._tile(tile, _Source(self, regions, pieces), stitch)
+                if budget.left:
+                    with budget.counting():
+                        graph = self._graph(tile, regions, pieces)
+                    blocks, kept = graph.blocks, graph.kept
+                    if budget.affords(graph):
+                        graphs[tile] = graph
+                else:
+                    blocks, kept = self._tile(tile, Source(self.tensors, regions, pieces), stitch)
                 for value, block in blocks.items():
                     self._write(whole, value, tile, block)
                 for key, piece in kept.items():
-                    pieces[key] = piece.clone()
+                    pieces[key] = piece.detach().clone()
                     expiring.setdefault(self.grid.expiry(*key), []).append(key)
-        return tuple(whole[value] for value in self.outputs), pieces
+        return Forward(tuple(whole[value] for value in self.outputs), pieces, graphs)
 
     def backward(
-        self, pieces: Mapping[Key, torch.Tensor], gradients: Sequence[torch.Tensor | None]
+        self,
+        pieces: Mapping[Key, torch.Tensor],
+        graphs: dict[Tile, TileGraph],
+        gradients: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
-        """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own."""
+        """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own.
+
+        A tile whose graph is there is not computed again; `graphs` are used up.
+        """
         given = {value: g for value, g in zip(self.outputs, gradients, strict=True) if g is not None}
         trained = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
         totals: dict[int, torch.Tensor] = {}
         owed: dict[Key, torch.Tensor] = {}
         tiles = list(self.grid.tiles())[::-1]
-        for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
-            tape = _Tape(self, regions, pieces)
-            with torch.enable_grad(), self.call.as_in_forward():
-                blocks, kept = self._tile(tile, tape, Stitch.apply)
+        fetched = self._fetch([tile for tile in tiles if tile not in graphs])
+        for tile in tiles:
+            graph = graphs.pop(tile) if tile in graphs else self._graph(tile, next(fetched), pieces)
             roots = [
-                (block, given[value][self._fresh(value, tile)]) for value, block in blocks.items() if value in given
+                (block, given[value][self._fresh(value, tile)])
+                for value, block in graph.blocks.items()
+                if value in given
             ]
-            roots += [(piece, owed.pop(key)) for key, piece in kept.items() if key in owed]
-            del blocks, kept
-            gradients_of_leaves = _gradients(roots, [*tape.leaves, *(self.tensors[slot] for slot in trained)])
-            parts = zip(tape.origins, gradients_of_leaves, strict=False)
-            for (origin, index), gradient in parts:
-                if gradient is not None and isinstance(origin, int):
-                    total = _total(totals, origin, self.tensors[origin])[index]
-                    total += gradient.to(total.device)
-                elif gradient is not None and not isinstance(origin, int):
-                    _total(owed, origin, pieces[origin])[index] += gradient
-            for slot, gradient in zip(trained, gradients_of_leaves[len(tape.leaves) :], strict=True):
-                if gradient is not None:
-                    _total(totals, slot, self.tensors[slot]).add_(gradient)
+            roots += [(piece, owed.pop(key)) for key, piece in graph.kept.items() if key in owed]
+            self._add_up(graph.gradients(roots, trained), totals, owed, pieces)
             # Nothing of this tile shall be alive while the next one is computed.
-            del tape, regions, roots, parts, gradients_of_leaves, gradient
+            del graph, roots
         return [totals.get(slot) for slot in range(len(self.tensors))]
+
+    def _add_up(
+        self,
+        found: Gradients,
+        totals: dict[int, torch.Tensor],
+        owed: dict[Key, torch.Tensor],
+        pieces: Mapping[Key, torch.Tensor],
+    ) -> None:
+        for (origin, index), gradient in found.rows:
+            if isinstance(origin, int):
+                total = _total(totals, origin, self.tensors[origin])[index]
+                total += gradient.to(total.device)
+            else:
+                _total(owed, origin, pieces[origin])[index] += gradient
+        for slot, gradient in found.whole:
+            _total(totals, slot, self.tensors[slot]).add_(gradient)
+
+    def _graph(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> TileGraph:
+        """Compute a tile with autograd."""
+        tape = Tape(self.tensors, regions, pieces, self.differentiable)
+        with torch.enable_grad(), self.call.as_in_forward():
+            return TileGraph(tape, *self._tile(tile, tape, Stitch.apply))
 
     def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
         plan = [list(dict.fromkeys(self._region(*edge, tile) for edge in self._edges(tile))) for tile in tiles]
@@ -132,7 +167,7 @@ class Scan:
         return index_of(tuple(slice(*rows) for rows in region), self.image_dims, self.tensors[0].dim())
 
     def _tile(
-        self, tile: Tile, source: _Source, join: Callable[..., Any]
+        self, tile: Tile, source: Source, join: Callable[..., Any]
     ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
         """Compute one tile: the fresh blocks of the outputs, and what later tiles will need."""
         waiting: dict[tuple[int, int], torch.Tensor] = {}
@@ -166,7 +201,7 @@ class Scan:
         return blocks, kept
 
     def _run(
-        self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: _Source
+        self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: Source
     ) -> torch.Tensor:
         operands = []
         edge = 0
@@ -229,70 +264,12 @@ def _as_size(result: Any) -> Any:
     return torch.Size(map(int, result)) if sizes else result
 
 
-class _Source:
-    """Where a tile of the forward scan reads the image, other tensors and kept pieces."""
-
-    def __init__(self, scan: Scan, regions: Regions, pieces: Mapping[Key, torch.Tensor]):
-        self.scan = scan
-        self.regions = regions
-        self.pieces = pieces
-
-    def image(self, region: Region, index: Index) -> torch.Tensor:
-        return self.regions[region]
-
-    def tensor(self, slot: int, index: Index) -> torch.Tensor:
-        return self.scan.tensors[slot][index]
-
-    def piece(self, key: Key, index: Index) -> torch.Tensor:
-        return self.pieces[key][index]
-
-
-class _Tape(_Source):
-    """Where a tile of the backward scan reads them: as leaves, whose gradients the scan itself adds up."""
-
-    def __init__(self, scan: Scan, regions: Regions, pieces: Mapping[Key, torch.Tensor]):
-        super().__init__(scan, regions, pieces)
-        self.leaves: list[torch.Tensor] = []
-        self.origins: list[tuple[int | Key, Index]] = []
-        """For each leaf the tensor's slot or the piece's key, and which rows of it."""
-
-    def image(self, region: Region, index: Index) -> torch.Tensor:
-        rows = super().image(region, index)
-        return self._leaf(rows, 0, index) if self.scan.tensors[0].requires_grad else rows
-
-    def tensor(self, slot: int, index: Index) -> torch.Tensor:
-        rows = super().tensor(slot, index)
-        return self._leaf(rows, slot, index) if self.scan.tensors[slot].requires_grad else rows
-
-    def piece(self, key: Key, index: Index) -> torch.Tensor:
-        rows = super().piece(key, index)
-        # A carry requires grad only if its value does: its reader would compute a gradient for nobody.
-        return self._leaf(rows, key, index) if self.scan.differentiable(key[0], rows) else rows
-
-    def _leaf(self, rows: torch.Tensor, origin: int | Key, index: Index) -> torch.Tensor:
-        leaf = rows.detach().requires_grad_()
-        self.leaves.append(leaf)
-        self.origins.append((origin, index))
-        return leaf
-
-
 def _drop_expired(pieces: dict[Key, Any], expiring: dict[Tile, list[Key]], previous: Tile, tile: Tile) -> None:
     """Forget the pieces that no tile from `tile` on reads: those filed under a beginning that it has left behind."""
     for depth in range(1, len(previous) + 1):
         if previous[:depth] != tile[:depth]:
             for key in expiring.pop(previous[:depth], ()):
                 del pieces[key]
-
-
-def _gradients(
-    roots: list[tuple[torch.Tensor, torch.Tensor]], leaves: list[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
-    if not roots or not leaves:
-        return [None] * len(leaves)
-    return torch.autograd.grad(
-        [root for root, _ in roots], leaves, [gradient for _, gradient in roots], allow_unused=True
-    )
 
 
 def _total(totals: dict[Which, torch.Tensor], which: Which, like: torch.Tensor) -> torch.Tensor:

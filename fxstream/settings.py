@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .errors import TileShapeError
+from .errors import MemoryBudgetError, TileShapeError
 
 TileShape = tuple[int | None, ...]
 
@@ -19,6 +20,8 @@ class Settings:
     tile_shape: TileShape
     """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
     freeze_batchnorm: bool
+    memory_budget: int = 0
+    """Bytes that may be held between forward and backward so that fewer tiles are computed again."""
     guards: Mapping[str, bool] = field(default_factory=dict)
     """Path of a module -> the training flag that the traced control flow relies on."""
     entered: tuple[str, ...] = ()
@@ -66,3 +69,23 @@ def parse(tile_shape: object, names: tuple[str, ...]) -> TileShape:
     if all(size is None for name, size in zip(names, sizes, strict=True) if name != "C"):
         raise TileShapeError("tile_shape streams no axis: give at least one of its entries a size")
     return sizes
+
+
+_UNITS = {"": 1} | {
+    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    for binary in (("", "i") if prefix else ("",))
+}
+
+
+def parse_bytes(size: int | str | None) -> int:
+    """A number of bytes from a number or from text such as "4GiB" or "500 MB"; None is 0. Raises MemoryBudgetError."""
+    if size is None:
+        return 0
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if found and found[2].lower() in units:
+        return int(float(found[1]) * units[found[2].lower()])
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    raise MemoryBudgetError(f'memory_budget must be a number of bytes or text such as "4GiB" or "500 MB", not {size!r}')

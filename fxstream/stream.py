@@ -6,6 +6,7 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -50,12 +51,15 @@ class Streamed(nn.Module):
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
         check_modes({path: owner.get_submodule(path) for path in self.settings.guards}, self.settings.guards)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
-        scan = Scan(call, tensors)
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        scan = Scan(
+            call, _aliases(tensors, [tensor.requires_grad for tensor in tensors]) if differentiable else tensors
+        )
         with restored_on_failure() if scan.random else nullcontext():
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if differentiable:
                 outputs = _StreamedFunction.apply(scan, *map(_with_node, tensors))
             else:
-                outputs, _ = scan.forward(keep=False)
+                outputs = scan.forward(keep=False).outputs
         returned = scan.returned(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
 
@@ -75,8 +79,8 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs, pieces = scan.forward(keep=True)
-        ctx.call = scan.call  # not the scan, which holds tensors
+        outputs, pieces, graphs = scan.forward(keep=True)
+        ctx.call, ctx.graphs = scan.call, graphs  # not the scan, which holds tensors
         ctx.keys = list(pieces)
         ctx.save_for_backward(*tensors, *pieces.values())
         ctx.set_materialize_grads(False)
@@ -92,16 +96,17 @@ class _StreamedFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
         tensors, kept = saved[: len(saved) - len(ctx.keys)], saved[len(saved) - len(ctx.keys) :]
-        # Aliases of the parameters, not the Parameters themselves: the hooks of those would fire once a tile.
-        aliases = [
-            tensor.detach().requires_grad_(asked) for tensor, asked in zip(tensors, _asked_for(ctx), strict=True)
-        ]
         pieces = dict(zip(ctx.keys, kept, strict=True))
         with torch.no_grad():
-            found = Scan(ctx.call, aliases).backward(pieces, gradients)
+            found = Scan(ctx.call, _aliases(tensors, _asked_for(ctx))).backward(pieces, ctx.graphs, gradients)
         if torch.is_grad_enabled():
             found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
         return (None, *found)
+
+
+def _aliases(tensors: Sequence[torch.Tensor], trained: Sequence[bool]) -> list[torch.Tensor]:
+    """Leaves with the memory of the parameters. Of the Parameters themselves, the hooks would fire once a tile."""
+    return [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(tensors, trained, strict=True)]
 
 
 def _with_node(tensor: torch.Tensor) -> torch.Tensor:

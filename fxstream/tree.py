@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from .mirror import mirror_registries
 from .serialize import dump_graph, load_graph
+from .settings import parse_bytes
 from .stream import Streamed
 
 
@@ -50,6 +52,16 @@ class Converted(fx.GraphModule):
     @tile_shape.setter
     def tile_shape(self, tile_shape: int | tuple[int | None, ...] | list[int | None]) -> None:
         self._streamed.settings = self._streamed.settings.retiled(tile_shape)
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes that may be held between forward and backward so that fewer tiles are computed again; may be set."""
+        return self._streamed.settings.memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, memory_budget: int | str | None) -> None:
+        settings = replace(self._streamed.settings, memory_budget=parse_bytes(memory_budget))
+        self._streamed.settings = settings
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         # GraphModule's own would keep only those modules that the graph calls.

@@ -1,0 +1,134 @@
+"""Where a tile reads the image, other tensors and kept pieces: as they are, or as leaves of a graph of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from .fetch import Region, Regions
+from .schedule import Index, Tile
+
+Key = tuple[int, Tile, int]
+"""A kept piece: value, tile, piece."""
+Origin = tuple["int | Key", Index]
+"""Where rows come from: the tensor's slot or the piece's key, and which rows of it."""
+
+
+@dataclass
+class Source:
+    """Reads for a tile of a scan without gradients."""
+
+    tensors: Sequence[torch.Tensor]
+    """Those of the call, the image first."""
+    regions: Regions
+    """Of the image, on the device that computes."""
+    pieces: Mapping[Key, torch.Tensor]
+
+    def image(self, region: Region, index: Index) -> torch.Tensor:
+        return self.regions[region]
+
+    def tensor(self, slot: int, index: Index) -> torch.Tensor:
+        return self.tensors[slot][index]
+
+    def piece(self, key: Key, index: Index) -> torch.Tensor:
+        return self.pieces[key][index]
+
+
+@dataclass
+class Tape(Source):
+    """Reads rows as leaves, whose gradients the scan itself adds up."""
+
+    differentiable: Callable[[int, torch.Tensor], bool]
+    """Whether a gradient for a part of a value is of any use."""
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    """Of each leaf."""
+
+    def image(self, region: Region, index: Index) -> torch.Tensor:
+        rows = super().image(region, index)
+        return self._leaf(rows, 0, index) if self.tensors[0].requires_grad else rows
+
+    def tensor(self, slot: int, index: Index) -> torch.Tensor:
+        rows = super().tensor(slot, index)
+        return self._leaf(rows, slot, index) if self.tensors[slot].requires_grad else rows
+
+    def piece(self, key: Key, index: Index) -> torch.Tensor:
+        rows = super().piece(key, index)
+        # A carry requires grad only if its value does: its reader would compute a gradient for nobody.
+        return self._leaf(rows, key, index) if self.differentiable(key[0], rows) else rows
+
+    def _leaf(self, rows: torch.Tensor, origin: int | Key, index: Index) -> torch.Tensor:
+        leaf = rows.detach().requires_grad_()
+        self.leaves.append(leaf)
+        self.origins.append((origin, index))
+        return leaf
+
+
+class Gradients(NamedTuple):
+    """Of what a tile has read."""
+
+    rows: list[tuple[Origin, torch.Tensor]]
+    whole: list[tuple[int, torch.Tensor]]
+    """By the tensor's slot."""
+
+
+@dataclass
+class TileGraph:
+    """A tile that was computed with autograd."""
+
+    tape: Tape
+    blocks: dict[int, torch.Tensor]
+    """The fresh blocks of the outputs."""
+    kept: dict[Key, torch.Tensor]
+    """What later tiles need."""
+
+    def gradients(self, roots: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: Sequence[int]) -> Gradients:
+        """From gradients of roots those of what was read; of tensors, only those in `slots`. Frees the graph."""
+        pairs = zip(self.tape.leaves, self.tape.origins, strict=True)
+        leaves = [(leaf, origin) for leaf, origin in pairs if not isinstance(origin[0], int) or origin[0] in slots]
+        wanted = [*(leaf for leaf, _ in leaves), *(self.tape.tensors[slot] for slot in slots)]
+        roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
+        if not roots or not wanted:
+            return Gradients([], [])
+        outputs, given = zip(*roots, strict=True)
+        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+        rows = zip((origin for _, origin in leaves), found, strict=False)
+        whole = zip(slots, found[len(leaves) :], strict=True)
+        return Gradients([(o, g) for o, g in rows if g is not None], [(s, g) for s, g in whole if g is not None])
+
+
+class Budget:
+    """Decides which graphs are kept: the first ones, as long as all that they hold is within so many bytes."""
+
+    def __init__(self, limit: int, alive: Sequence[torch.Tensor]):
+        """`alive` are tensors whose memory is held anyway."""
+        self.limit = limit
+        self.left = limit > 0
+        """Whether another graph may fit."""
+        self._alive = {tensor.untyped_storage().data_ptr() for tensor in alive}
+        self._held: dict[int, int] = {}
+        """Bytes of each storage."""
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what autograd saves meanwhile."""
+        # Detached, since a graph that saved its own result as it is would hold itself.
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: self._count(saved.detach()), lambda saved: saved):
+            yield
+
+    def affords(self, graph: TileGraph) -> bool:
+        """Whether a graph, what it has saved being counted, is within the budget."""
+        for result in (*graph.blocks.values(), *graph.kept.values()):
+            self._count(result)
+        self.left = sum(self._held.values()) <= self.limit
+        return self.left
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._alive:
+            self._held[storage.data_ptr()] = storage.nbytes()
+        return tensor
