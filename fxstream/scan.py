@@ -24,6 +24,8 @@ Key = tuple[int, Tile, int]
 """A kept piece: value, tile, piece."""
 Which = TypeVar("Which", int, Key)
 
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
 
 class Scan:
     """The tiles of one call, on given tensors."""
@@ -104,16 +106,24 @@ class Scan:
             parts = zip(tape.origins, gradients_of_leaves, strict=False)
             for (origin, index), gradient in parts:
                 if gradient is not None and isinstance(origin, int):
-                    total = _total(totals, origin, self.tensors[origin])[index]
+                    total = self._sum(totals, origin)[index]
                     total += gradient.to(total.device)
                 elif gradient is not None and not isinstance(origin, int):
                     _total(owed, origin, pieces[origin])[index] += gradient
             for slot, gradient in zip(trained, gradients_of_leaves[len(tape.leaves) :], strict=True):
                 if gradient is not None:
-                    _total(totals, slot, self.tensors[slot]).add_(gradient)
+                    self._sum(totals, slot).add_(gradient)
             # Nothing of this tile shall be alive while the next one is computed.
             del tape, regions, roots, parts, gradients_of_leaves, gradient
-        return [totals.get(slot) for slot in range(len(self.tensors))]
+        return [totals[slot].to(tensor.dtype) if slot in totals else None for slot, tensor in enumerate(self.tensors)]
+
+    def _sum(self, totals: dict[int, torch.Tensor], slot: int) -> torch.Tensor:
+        """The running sum of a tensor's gradient: in float32 or better, since each tile may add to it.
+
+        A pixel of the image is read by few tiles, and its gradient may be large.
+        """
+        tensor = self.tensors[slot]
+        return _total(totals, slot, tensor, tensor.dtype if slot == 0 else _WIDE.get(tensor.dtype, tensor.dtype))
 
     def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
         plan = [list(dict.fromkeys(self._region(*edge, tile) for edge in self._edges(tile))) for tile in tiles]
@@ -295,8 +305,10 @@ def _gradients(
     )
 
 
-def _total(totals: dict[Which, torch.Tensor], which: Which, like: torch.Tensor) -> torch.Tensor:
+def _total(
+    totals: dict[Which, torch.Tensor], which: Which, like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """The running sum of a gradient. It starts from zeros of its own: what autograd returns may be shared."""
     if which not in totals:
-        totals[which] = torch.zeros_like(like)
+        totals[which] = torch.zeros_like(like, dtype=dtype)
     return totals[which]
