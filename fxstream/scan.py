@@ -71,7 +71,7 @@ class Scan:
         expiring: dict[Tile, list[Key]] = {}
         tiles = list(self.grid.tiles())
         previous: Tile = ()
-        with torch.no_grad():
+        with torch.no_grad(), self.call.autocasting():
             for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
                 if not keep:
                     _drop_expired(pieces, expiring, previous, tile)
@@ -95,7 +95,7 @@ class Scan:
         tiles = list(self.grid.tiles())[::-1]
         for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
             tape = _Tape(self, regions, pieces)
-            with torch.enable_grad(), self.call.as_in_forward():
+            with torch.enable_grad(), self.call.autocasting():
                 blocks, kept = self._tile(tile, tape, Stitch.apply)
             roots = [
                 (block, given[value][self._fresh(value, tile)]) for value, block in blocks.items() if value in given
