@@ -51,8 +51,8 @@ class Call:
         return new_seed()
 
     @contextmanager
-    def as_in_forward(self) -> Iterator[None]:
-        """Enter the autocast regions of the call again."""
+    def autocasting(self) -> Iterator[None]:
+        """In the autocast regions of the call, with a cache that is off."""
         with ExitStack() as stack:
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))
@@ -101,7 +101,8 @@ def prepare(
             "device_type": kind,
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
+            # The forward scan casts without a graph: the head must not find such a cast of a weight in the cache.
+            "cache_enabled": False,
         }
         for kind in dict.fromkeys(("cpu", device.type))
         if torch.amp.is_autocast_available(kind)

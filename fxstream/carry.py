@@ -22,13 +22,12 @@ def index_of(rows: Index, dims: Sequence[int], rank: int) -> tuple[slice, ...]:
 
 
 def empty_like(block: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
-    """An uninitialised tensor with other sizes along some dimensions, in the same memory format."""
+    """An uninitialised tensor with other sizes along some dimensions, which are in the same order in memory."""
     shape = [sizes.get(dim, size) for dim, size in enumerate(block.shape)]
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(block.dim(), torch.contiguous_format)
-    if block.is_contiguous() or not block.is_contiguous(memory_format=memory_format):
-        memory_format = torch.contiguous_format
-    return torch.empty(shape, dtype=block.dtype, device=block.device, memory_format=memory_format)
+    order = list(range(block.dim()))
+    if 0 not in block.stride():  # not expanded
+        order.sort(key=block.stride, reverse=True)
+    return torch.empty_permuted(shape, order, dtype=block.dtype, device=block.device)
 
 
 class Placement:
@@ -78,8 +77,7 @@ class Stitch(torch.autograd.Function):
     def forward(ctx: Any, place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
         ctx.place = place
         ctx.has_block = block is not None
-        like = parts[0] if block is None else block
-        ctx.shape, ctx.options = like.shape, {"dtype": like.dtype, "device": like.device}
+        ctx.shape = (parts[0] if block is None else block).shape
         ctx.set_materialize_grads(False)
         return stitch(place, block, *parts)
 
@@ -96,7 +94,8 @@ class Stitch(torch.autograd.Function):
         kept = [(g, i) for g, (_, i) in zip(keeps, place.keeps, strict=True) if g is not None]
         if kept:
             # The reads' gradient may be shared with other nodes of the graph: never add into it.
-            block = torch.zeros(ctx.shape, **ctx.options) if block is None else block.clone()
+            sizes = dict(enumerate(ctx.shape))
+            block = empty_like(kept[0][0], sizes).zero_() if block is None else block.clone()
             for gradient, index in kept:
                 block[index] += gradient
         return (None, block, *parts)
@@ -107,9 +106,10 @@ class Stitch(torch.autograd.Function):
         if not reads:
             return None
         shape = [place.extent.get(dim, size) for dim, size in enumerate(ctx.shape)]
-        if len(reads) == 1 and list(reads[0][0].shape) == shape:
-            return reads[0][0]
-        total = torch.zeros(shape, **ctx.options)
+        first, _ = reads[0]
+        if len(reads) == 1 and list(first.shape) == shape:
+            return first
+        total = empty_like(first, place.extent).zero_()
         for gradient, index in reads:
             total[index] += gradient
         return total

@@ -6,7 +6,7 @@ The schedule says which rows; the rules say how an operation runs on them; this 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
@@ -19,9 +19,7 @@ from .lower import Step, leaves, program
 from .noise import draw
 from .ops import Noise, Sliced
 from .schedule import Index, Tile, readers
-from .tape import Budget, Gradients, Key, Source, Tape, TileGraph
-
-Which = TypeVar("Which", int, Key)
+from .tape import Budget, Key, Source, Sums, Tape, TileGraph
 
 
 class Forward(NamedTuple):
@@ -79,7 +77,7 @@ class Scan:
         budget = Budget(self.call.settings.memory_budget if keep else 0, self.tensors)
         tiles = list(self.grid.tiles())
         previous: Tile = ()
-        with torch.no_grad():
+        with torch.no_grad(), self.call.autocasting():
             for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
                 if not keep:
                     _drop_expired(pieces, expiring, previous, tile)
@@ -111,8 +109,7 @@ class Scan:
         """
         given = {value: g for value, g in zip(self.outputs, gradients, strict=True) if g is not None}
         trained = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
-        totals: dict[int, torch.Tensor] = {}
-        owed: dict[Key, torch.Tensor] = {}
+        sums = Sums(self.tensors, pieces)
         tiles = list(self.grid.tiles())[::-1]
         fetched = self._fetch([tile for tile in tiles if tile not in graphs])
         for tile in tiles:
@@ -122,32 +119,16 @@ class Scan:
                 for value, block in graph.blocks.items()
                 if value in given
             ]
-            roots += [(piece, owed.pop(key)) for key, piece in graph.kept.items() if key in owed]
-            self._add_up(graph.gradients(roots, trained), totals, owed, pieces)
+            roots += [(piece, sums.owed.pop(key)) for key, piece in graph.kept.items() if key in sums.owed]
+            sums.add(graph.gradients(roots, trained))
             # Nothing of this tile shall be alive while the next one is computed.
             del graph, roots
-        return [totals.get(slot) for slot in range(len(self.tensors))]
-
-    def _add_up(
-        self,
-        found: Gradients,
-        totals: dict[int, torch.Tensor],
-        owed: dict[Key, torch.Tensor],
-        pieces: Mapping[Key, torch.Tensor],
-    ) -> None:
-        for (origin, index), gradient in found.rows:
-            if isinstance(origin, int):
-                total = _total(totals, origin, self.tensors[origin])[index]
-                total += gradient.to(total.device)
-            else:
-                _total(owed, origin, pieces[origin])[index] += gradient
-        for slot, gradient in found.whole:
-            _total(totals, slot, self.tensors[slot]).add_(gradient)
+        return sums.of_tensors()
 
     def _graph(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> TileGraph:
         """Compute a tile with autograd."""
         tape = Tape(self.tensors, regions, pieces, self.differentiable)
-        with torch.enable_grad(), self.call.as_in_forward():
+        with torch.enable_grad(), self.call.autocasting():
             return TileGraph(tape, *self._tile(tile, tape, Stitch.apply))
 
     def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
@@ -270,10 +251,3 @@ def _drop_expired(pieces: dict[Key, Any], expiring: dict[Tile, list[Key]], previ
         if previous[:depth] != tile[:depth]:
             for key in expiring.pop(previous[:depth], ()):
                 del pieces[key]
-
-
-def _total(totals: dict[Which, torch.Tensor], which: Which, like: torch.Tensor) -> torch.Tensor:
-    """The running sum of a gradient. It starts from zeros of its own: what autograd returns may be shared."""
-    if which not in totals:
-        totals[which] = torch.zeros_like(like)
-    return totals[which]

@@ -101,6 +101,50 @@ class TileGraph:
         return Gradients([(o, g) for o, g in rows if g is not None], [(s, g) for s, g in whole if g is not None])
 
 
+class Sums:
+    """Running sums of gradients, each from zeros of its own: what autograd returns may be shared."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], pieces: Mapping[Key, torch.Tensor]):
+        self._tensors = tensors
+        self._pieces = pieces
+        self._totals: dict[int, torch.Tensor] = {}
+        self.owed: dict[Key, torch.Tensor] = {}
+        """What later tiles owe to the pieces of earlier ones."""
+
+    def add(self, found: Gradients) -> None:
+        for (origin, index), gradient in found.rows:
+            if isinstance(origin, int):
+                total = self._total(origin)[index]
+                total += gradient.to(total.device)
+            else:
+                if origin not in self.owed:
+                    self.owed[origin] = torch.zeros_like(self._pieces[origin])
+                self.owed[origin][index] += gradient
+        for slot, gradient in found.whole:
+            self._total(slot).add_(gradient)
+
+    def of_tensors(self) -> list[torch.Tensor | None]:
+        """The gradient of every tensor, None of one that has none."""
+        return [
+            self._totals[slot].to(tensor.dtype) if slot in self._totals else None
+            for slot, tensor in enumerate(self._tensors)
+        ]
+
+    def _total(self, slot: int) -> torch.Tensor:
+        """In float32 or better, since each tile may add to it.
+
+        A pixel of the image is read by few tiles, and its gradient may be large.
+        """
+        if slot not in self._totals:
+            tensor = self._tensors[slot]
+            dtype = tensor.dtype if slot == 0 else _WIDE.get(tensor.dtype, tensor.dtype)
+            self._totals[slot] = torch.zeros_like(tensor, dtype=dtype)
+        return self._totals[slot]
+
+
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
 class Budget:
     """Decides which graphs are kept: the first ones, as long as all that they hold is within so many bytes."""
 
