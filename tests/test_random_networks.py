@@ -35,7 +35,7 @@ from fxstream.testing import compare, head, relative_error, run
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Shape = tuple[int, ...]
 Line = str
-Case = tuple["Network", Any, bool, Shape]
+Case = tuple["Network", Any, bool, int, Shape]
 EXAMPLES = int(os.environ.get("FXSTREAM_EXAMPLES", "2000"))
 PARTS = 4
 
@@ -789,12 +789,14 @@ def tile_shapes(draw: Draw, network: Network) -> Any:
 @st.composite
 def cases(draw: Draw) -> Case:
     network = draw(networks())
-    return network, draw(tile_shapes(network)), draw(st.booleans()), draw(sizes(len(network.shape) - 2))
+    budget = draw(st.sampled_from([0, 0, 20_000, 200_000, 10**9]))
+    return network, draw(tile_shapes(network)), draw(st.booleans()), budget, draw(sizes(len(network.shape) - 2))
 
 
-def check(network: Network, tile_shape: Any, freeze: bool, other: Shape) -> None:
+def check(network: Network, tile_shape: Any, freeze: bool, budget: int, other: Shape) -> None:
     """The property: streamed whole and exactly, or refused where the plain model fails on the size."""
     freeze = freeze and not network.may_stop  # a batch norm in the head keeps its mode
+    options: dict[str, Any] = {"freeze_batchnorm": freeze, "memory_budget": budget}
     model = network.build()
     model.train(freeze)
     for name, module in model.named_modules():
@@ -810,7 +812,7 @@ def check(network: Network, tile_shape: Any, freeze: bool, other: Shape) -> None
             # What is left to the head, or lies along an axis that is not streamed, fails with torch's own error.
             own = network.may_stop or (isinstance(tile_shape, tuple) and None in tile_shape[-len(other) :])
             with pytest.raises(RuntimeError if own else fxstream.StreamingError):
-                fxstream.convert(model, tile_shape, freeze_batchnorm=freeze, example_input=image)(image)
+                fxstream.convert(model, tile_shape, example_input=image, **options)(image)
             event("refused")
             return
         try:
@@ -821,7 +823,7 @@ def check(network: Network, tile_shape: Any, freeze: bool, other: Shape) -> None
         leaves = [*tree_leaves(outputs), *gradients.values()]
         assume(all(leaf is None or (leaf.isfinite().all() and leaf.abs().max() < 1e6) for leaf in leaves))
         try:
-            converted = fxstream.convert(model, tile_shape, freeze_batchnorm=freeze, example_input=image)
+            converted = fxstream.convert(model, tile_shape, example_input=image, **options)
         except fxstream.NothingToStreamError:
             assert network.may_stop
             event("nothing to stream")
