@@ -75,5 +75,6 @@ def check_modes(modules: Mapping[str, nn.Module], guards: Mapping[str, bool]) ->
         mode, now = ("eval", "train") if module.training else ("train", "eval")
         raise ModeError(
             f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
-            f"called in {now} mode. Way out: call .{mode}(), or convert the model again in {now} mode."
+            f"called in {now} mode. Way out: call .{mode}(), convert the model again in {now} mode, or register a rule "
+            "for this module (docs/your_own_op.md)."
         )

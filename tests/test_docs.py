@@ -33,6 +33,24 @@ def test_your_own_op(example: dict[str, type[nn.Module]]) -> None:
         check_op(example["Sorted"](), (5, 3, 7, 6), axes="HW")
 
 
+def test_ones_own_random_operation(example: dict[str, type[nn.Module]]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), example["DropPath"](0.4), nn.Conv2d(4, 4, 3)).double().train()
+    converted = fxstream.convert(model, (2, None, 9, 9))
+    assert not head(converted)
+    image = torch.randn(40, 3, 22, 19, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        converted.get_submodule("2").bias.zero_()
+    output = converted(image)
+    kept = (output != 0).all(dim=(1, 2, 3))
+    assert torch.equal(kept, (output != 0).any(dim=(1, 2, 3)))
+    assert 12 < kept.sum() < 36
+    expected = converted.get_submodule("2")(converted.get_submodule("0")(image) * kept.view(-1, 1, 1, 1) / 0.6)
+    torch.testing.assert_close(output, expected)
+    (found,) = torch.autograd.grad(output.square().sum(), image)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), image)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_function_of_ones_own_is_seen_under_its_global_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
 
