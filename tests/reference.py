@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,3 +97,22 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.running_mean.copy_(torch.randn(shape, generator=generator))
                 module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
     return model
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class Replayed(nn.Module):
+    """Takes the place of a dropout: scales by given factors, which are 0 where one has dropped; another set a call."""
+
+    def __init__(self, factors: Sequence[torch.Tensor]):
+        super().__init__()
+        self.factors = iter(factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.factors)
