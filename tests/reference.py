@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,3 +120,22 @@ def counts(model: nn.Module, *inputs: Any) -> dict[str, int]:
         if torch.is_grad_enabled():
             output.sum().backward()
     return operations.counts
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class Replayed(nn.Module):
+    """Takes the place of a dropout: scales by given factors, which are 0 where one has dropped; another set a call."""
+
+    def __init__(self, factors: Sequence[torch.Tensor]):
+        super().__init__()
+        self.factors = iter(factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.factors)

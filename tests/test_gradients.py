@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import randomise
+from reference import Replayed, randomise
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -436,17 +436,6 @@ class Noisy(nn.Module):
         return self.third(beyond), before, after, between, beyond
 
 
-class Replayed(nn.Module):
-    """Takes the place of a dropout: the factor by which it has scaled each activation, 0 where it has dropped it."""
-
-    def __init__(self, before: torch.Tensor, after: torch.Tensor):
-        super().__init__()
-        self.factor = (after / before).detach()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.factor
-
-
 def _to_eval(model: nn.Module) -> None:
     model.eval()
 
@@ -478,7 +467,8 @@ def test_modes_may_change_between_forward_and_backward(change: Callable[[nn.Modu
     outputs[0].sin().sum().backward()
     _, before, after, between, beyond = outputs
     assert 0.3 < (after == 0).double().mean() < 0.5
-    plain.drop, plain.drop_channels = Replayed(before, after), Replayed(between, beyond)
+    plain.drop = Replayed([(after / before).detach()])
+    plain.drop_channels = Replayed([(beyond / between).detach()])
     twin = image().requires_grad_()
     plain(twin)[0].sin().sum().backward()
     assert_equal({"image": leaf.grad, **gradients(converted)}, {"image": twin.grad, **gradients(plain)})

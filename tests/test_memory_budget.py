@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_work import flops, live_bytes
+from reference import live_bytes
+from test_work import flops
 from torch import nn
 
 import fxstream

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from reference import live_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -101,14 +101,6 @@ def test_the_largest_tensor_depends_on_the_tile_and_not_on_the_image(image_grad:
     # Twice the tile: about four times the block.
     wider = largest_allocation(fxstream.convert(model, 128), 512, image_grad)
     assert 3 * sizes[512] < wider < 5 * sizes[512]
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def saved_bytes(function: Callable[[], torch.Tensor]) -> int:
