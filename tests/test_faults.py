@@ -241,11 +241,7 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-SPREADING = ("bilinear to corners", "bilinear by 1.5", "bilinear by 0.4", "bilinear of height", "bicubic")
-_spreads = pytest.mark.xfail(strict=True, reason="a matrix product: zero weights spread it to other rows of the block")
-
-
-@pytest.mark.parametrize("layers", [pytest.param(name, marks=_spreads if name in SPREADING else ()) for name in LAYERS])
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_passes_as_in_the_plain_model(value: float, layers: str) -> None:
     plain = randomise(Sensitive(*LAYERS[layers]())).double().eval()

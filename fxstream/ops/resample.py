@@ -26,8 +26,6 @@ from .registry import Answer, Local, NotLocal, Unknown, register
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
 _WAY_OUT = "use a mode of " + ", ".join(_TAPS) + " without antialiasing"
 _RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
-_BAND = 64
-"""Rows that are computed by one matrix product: few enough for its matrix to hold little else than weights."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,9 @@ def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     fraction = (position - below).clamp(0, 1)
     weights = torch.stack([1 - fraction, fraction]) if _TAPS[axis.mode] == 2 else _cubic(fraction)
     first = 1 - len(weights) // 2
-    rows = torch.stack([below.long() + offset for offset in range(first, first + len(weights))])
+    # An axis that keeps its size is copied: there, a row does not read the next one, not even with weight 0.
+    step = 0 if axis.size == axis.length and len(weights) == 2 else 1
+    rows = torch.stack([below.long() + step * offset for offset in range(first, first + len(weights))])
     return rows.clamp(0, axis.length - 1), weights
 
 
@@ -181,20 +181,16 @@ def _weighed(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) 
 
 
 def _weighed_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) -> torch.Tensor:
-    """Rows `[span.start, span.stop)` along one dimension, as products with bands of the matrix of weights."""
-    bands = []
-    for start in range(span.start, span.stop, _BAND):
-        rows, weights = (part[:, start : min(start + _BAND, span.stop)] for part in _weighted(axis, block.dtype))
-        first, last = int(rows.min()), int(rows.max())
-        matrix = weights.new_zeros(rows.size(1), last + 1 - first).scatter_add_(1, (rows - first).t(), weights.t())
-        matrix = matrix.to(block.device)
-        read = block.narrow(dim, first - span.lo, last + 1 - first)
-        if dim == block.dim() - 1:
-            bands.append(read @ matrix.t())
-        else:
-            product = matrix @ read.flatten(dim + 1)
-            bands.append(product.reshape(*product.shape[:-1], *block.shape[dim + 1 :]))
-    return torch.cat(bands, dim)
+    """Rows `[span.start, span.stop)` along one dimension.
+
+    Row by row, although products with a matrix of weights are faster: its zeros would spread what is not finite.
+    """
+    rows, weights = (part[:, span.start : span.stop].to(block.device) for part in _weighted(axis, block.dtype))
+    along = [-1 if index == dim else 1 for index in range(block.dim())]
+    result = block.new_zeros(())
+    for index, weight in zip(rows - span.lo, weights, strict=True):
+        result = result + block.index_select(dim, index) * weight.view(along)
+    return result
 
 
 def _dtype_of_result(block: torch.Tensor, mode: str) -> torch.dtype:
