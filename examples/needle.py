@@ -2,7 +2,7 @@
 
     python examples/needle.py
 
-An image is a blend of photographs of brick, grass and gravel that scikit-image ships, with four small crosses at
+An image is a blend of photographs of brick, grass and gravel that scikit-image ships, with eight small crosses at
 random places: upright ones (+) for label 0, diagonal ones (x) for label 1. Both have the same pixel values, and these
 sum to zero, so that neither brightness nor a histogram gives the label away. One small network is trained on the full
 images, streamed, and on the same images downsampled 4 and 8 times, then with four times as many of them. Each way of
@@ -39,7 +39,7 @@ CROSSES = [
     np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=np.float32),
     np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=np.float32),
 ]
-MARKS = 4
+MARKS = 8
 CELL = 16  # pixels; no two marks share a cell of this size, so none overlap
 BATCH = 2
 CHECKS = 8
@@ -93,7 +93,7 @@ class Haystack(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         share = random.uniform()
         texture = share * self._texture(random) + (1 - share) * self._texture(random)
         # Half of the range from black to white at most, so that no cross needs clipping.
-        texture = 0.5 + random.uniform(0.25, 0.5) * (texture - 0.5)
+        texture = 0.5 + random.uniform(0.2, 0.4) * (texture - 0.5)
         copies = -(-self.size // len(texture))
         image = np.tile(texture, (copies, copies))[: self.size, : self.size]
         cross = CROSSES[index % 2] - CROSSES[index % 2].mean()
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=2048, help="height and width of the images in pixels")
     parser.add_argument("--tile", type=int, default=256, help="tile size in pixels")
-    parser.add_argument("--steps", type=int, default=32, help="at full resolution; downsampled, four times as many")
+    parser.add_argument("--steps", type=int, default=40, help="at full resolution; downsampled, four times as many")
     parser.add_argument("--validation", type=int, default=48, help="images to validate on")
     parser.add_argument("--plot", type=Path, default=Path("out/needle.png"), help="where to write the learning curves")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
