@@ -3,6 +3,7 @@
 from .analysis import Analysis, Finding, ReceptiveField
 from .convert import analyze, convert
 from .errors import (
+    AttributeChangedError,
     BatchNormModeError,
     DoubleBackwardError,
     HookError,
@@ -23,6 +24,7 @@ from .ops import register
 
 __all__ = [
     "Analysis",
+    "AttributeChangedError",
     "BatchNormModeError",
     "DoubleBackwardError",
     "Finding",

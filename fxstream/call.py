@@ -114,6 +114,10 @@ def prepare(
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by their path in the module, those of submodules included."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+    """Parameters, buffers and other attributes that are tensors, by their path in the module."""
+    found: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        own = {**vars(part), **part._buffers, **part._parameters}
+        start = f"{path}." if path else ""
+        found |= {start + name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+    return found

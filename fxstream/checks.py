@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import BatchNormModeError, HookError, InputError, ModeError, ShardedError
+from .errors import AttributeChangedError, BatchNormModeError, HookError, InputError, ModeError, ShardedError
 from .hooks import has_hooks
 from .settings import Settings
 
@@ -62,10 +62,11 @@ def check_hooks(called: Mapping[str, nn.Module], entered: Mapping[str, nn.Module
             )
 
 
-def check_modes(modules: Mapping[str, nn.Module], guards: Mapping[str, bool]) -> None:
+def check_modes(owner: nn.Module, guards: Mapping[str, bool]) -> None:
     """Raises ModeError if a module is not in the mode in which its forward was traced."""
-    for path, module in modules.items():
-        if module.training is guards[path]:
+    for path, training in guards.items():
+        module = owner.get_submodule(path)
+        if module.training is training:
             continue
         if isinstance(module, _BatchNorm) and module.training:
             raise BatchNormModeError(
@@ -78,3 +79,16 @@ def check_modes(modules: Mapping[str, nn.Module], guards: Mapping[str, bool]) ->
             f"called in {now} mode. Way out: call .{mode}(), convert the model again in {now} mode, or register a rule "
             "for this module (docs/your_own_op.md)."
         )
+
+
+def check_attributes(owner: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises AttributeChangedError if an attribute has another value than the one that was traced."""
+    for path, traced in attributes.items():
+        module = owner.get_submodule(path)
+        for name, value in traced.items():
+            now = getattr(module, name, None)
+            if now is not value and now != value:
+                raise AttributeChangedError(
+                    f"{path + '.' if path else ''}{name} was {value!r} at the conversion, which took it as a constant; "
+                    f"now it is {now!r}. Way out: convert the model again, or make it a buffer, which every call reads."
+                )

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from .analysis import Analysis, image_names, image_node
 from .checks import is_sharded
-from .errors import NothingToStreamError, ShardedError, StreamingWarning, WrappedModelError
+from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition
 from .settings import Settings, parse, parse_bytes
@@ -74,6 +74,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_unwrapped(model)
+    _check_names(model)
     analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
     settings = replace(settings, memory_budget=parse_bytes(memory_budget))
     if not analysis.prefix:
@@ -82,6 +83,16 @@ def convert(
     name = _unused_name(model)
     outer, streamed = partition(analysis, name)
     return Converted(model, analysis.trace.constants, outer, name, Streamed(streamed, settings))
+
+
+def _check_names(model: nn.Module) -> None:
+    taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+    own = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    if clash := sorted(own & taken):
+        raise StreamingError(
+            f"the model has an attribute '{clash[0]}', which is what a torch.fx.GraphModule calls one of its own. "
+            "Way out: rename it"
+        )
 
 
 def _check_unwrapped(model: nn.Module) -> None:
@@ -119,7 +130,9 @@ def plan(
     settings = Settings(names, parse(tile_shape, names), freeze_batchnorm)
     analysis = _analysis(traced, names, settings.axes, freeze_batchnorm, image)
     traced = analysis.trace
-    return analysis, replace(settings, guards=traced.guards, entered=tuple(traced.entered))
+    return analysis, replace(
+        settings, guards=traced.guards, attributes=traced.attributes, entered=tuple(traced.entered)
+    )
 
 
 def _analysis(

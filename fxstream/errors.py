@@ -39,6 +39,10 @@ class ModeError(StreamingError):
     """A module's training flag contradicts what the conversion relied on."""
 
 
+class AttributeChangedError(StreamingError):
+    """An attribute has changed since the conversion that is a constant of the converted model."""
+
+
 class BatchNormModeError(ModeError):
     """A streamed batch norm is in training mode, so it needs statistics of the whole image."""
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .axes import Symbol, Value
 from .errors import ImageTooSmallError, NotLocalError
-from .ops import Answer, Fact, Local, NotLocal, Rule, Unknown, rule_for
+from .ops import Answer, Fact, Local, NotLocal, Rule, Unknown, rule_for, rule_for_module
 from .schedule import Program
 from .trace import INPLACE_OPERATORS
 from .window import Span
@@ -75,7 +75,7 @@ def operation(node: fx.Node, module: nn.Module | None) -> str:
 
 def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
     """The rule of a node's operation; `module` is the one that it calls."""
-    return rule_for(type(module) if module is not None else node.target)
+    return rule_for(node.target) if module is None else rule_for_module(module)
 
 
 def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
@@ -87,7 +87,7 @@ def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
     if module is not None:
-        own = rule_for(type(module)) is None and not type(module).__module__.startswith("torch.nn.")
+        own = rule_for_module(module) is None and not type(module).__module__.startswith("torch.nn.")
         return own or any(getattr(part, "inplace", False) for part in module.modules())
     if node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
         return True

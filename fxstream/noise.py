@@ -18,7 +18,7 @@ _SPREAD = 0x9E3779B97F4A7C15  # odd, so that different numbers have different se
 
 def new_seed() -> int:
     """A seed from the global generator of the CPU, which `torch.manual_seed` determines."""
-    return int(torch.randint(_SEEDS - 1, ()))
+    return int(torch.randint(_SEEDS - 1, (), device="cpu"))
 
 
 @contextmanager

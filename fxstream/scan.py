@@ -189,7 +189,9 @@ class Scan:
         for operand in step.local.operands:
             if isinstance(operand, Sliced):
                 rows = self._rows(operand.dims, operand.tensor.dim(), value, tile)
-                operands.append(source.tensor(self.slots[id(operand.tensor)], rows))
+                slot = self.slots.get(id(operand.tensor))
+                # What a rule has made of a tensor has no slot: its graph leads to the one that has.
+                operands.append(operand.tensor[rows] if slot is None else source.tensor(slot, rows))
                 continue
             if isinstance(operand, Noise):
                 operands.append(self._drawn(operand, value, tile, operands[0]))

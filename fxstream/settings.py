@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .errors import MemoryBudgetError, TileShapeError
 
@@ -24,6 +25,8 @@ class Settings:
     """Bytes that may be held between forward and backward so that fewer tiles are computed again."""
     guards: Mapping[str, bool] = field(default_factory=dict)
     """Path of a module -> the training flag that the traced control flow relies on."""
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Path of a module -> values of its attributes, by name, that the graphs hold as constants."""
     entered: tuple[str, ...] = ()
     """Paths of modules whose operations are in the graphs without a call of the module."""
 

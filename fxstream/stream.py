@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .call import prepare
-from .checks import check_hooks, check_image, check_modes, check_whole
+from .checks import check_attributes, check_hooks, check_image, check_modes, check_whole
 from .errors import DoubleBackwardError
 from .noise import restored_on_failure
 from .scan import Scan
@@ -49,7 +49,8 @@ class Streamed(nn.Module):
         check_image(image, self.settings)
         check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
-        check_modes({path: owner.get_submodule(path) for path in self.settings.guards}, self.settings.guards)
+        check_modes(owner, self.settings.guards)
+        check_attributes(owner, self.settings.attributes)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         scan = Scan(

@@ -153,7 +153,7 @@ class Budget:
         self.limit = limit
         self.left = limit > 0
         """Whether another graph may fit."""
-        self._alive = {tensor.untyped_storage().data_ptr() for tensor in alive}
+        self._alive = {tensor.untyped_storage().data_ptr() for tensor in alive if self.left}
         self._held: dict[int, int] = {}
         """Bytes of each storage."""
 

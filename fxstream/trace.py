@@ -10,13 +10,16 @@ operation, has hooks, cannot be traced, or does what a graph does not record: as
 from __future__ import annotations
 
 import operator
+import random
+import sys
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import TraceError
 from .hooks import computed_weights, has_hooks
-from .ops import NotLocal, functions, rule_for
+from .ops import NotLocal, functions, has_own_methods, rule_for
 
 INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 """The functions of `operator` that overwrite their first argument, if that is a tensor."""
@@ -45,6 +48,8 @@ class Trace:
     """Path of a module -> training flag, where the flag decided what was traced."""
     frozen: set[str]
     """Paths of batch norms of the user's own that were traced as if in eval mode."""
+    attributes: dict[str, dict[str, Any]]
+    """Path of a module -> its numbers and the like that were read, by name: they are constants of the graph."""
     opaque: dict[str, NotLocal]
     """Path of a module that stays one call -> why it is not local."""
     constants: dict[str, torch.Tensor]
@@ -76,6 +81,10 @@ for _name in INPLACE_OPERATORS:
     setattr(_Proxy, f"__{_name}__", _inplace(_name))
 
 
+_CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
+"""What torch's batch norms check their input by."""
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -85,6 +94,7 @@ class _Tracer(fx.Tracer):
         self.freeze_batchnorm = freeze_batchnorm
         self.guards: dict[str, bool] = {}
         self.frozen: set[str] = set()
+        self.attributes: dict[str, dict[str, Any]] = {}
         self.entered: list[str] = []
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
@@ -112,7 +122,10 @@ class _Tracer(fx.Tracer):
             return True
         if is_parametrized(m) or computed_weights(m):
             return False
-        return rule_for(self.classes.get(m, type(m))) is not None or super().is_leaf_module(m, module_qualified_name)
+        kind = self.classes.get(m, type(m))
+        if has_own_methods(m, kind):
+            return False
+        return rule_for(kind) is not None or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -121,10 +134,11 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
-        before = _state(m)
+        before, drawn = _state(m), _random_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
             _check_unchanged(m, before)
+            _check_nothing_drawn(drawn)
         except Exception:
             self.failed_in = self.failed_in or path
             raise
@@ -138,16 +152,30 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
-        with self._watched_flags(root):
+        with self._watched_flags(root), self._watched_functions():
             return super().trace(root, concrete_args)
+
+    @contextmanager
+    def _watched_functions(self) -> Iterator[None]:
+        """For the time of tracing, an autograd.Function refuses proxies: it may leave no trace in the graph."""
+        apply = vars(torch.autograd.Function)["apply"]
+
+        def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+                raise _UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
+            return apply.__get__(None, kind)(*args, **kwargs)
+
+        torch.autograd.Function.apply = classmethod(refusing)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
         """For the time of tracing, reading `module.training` gives a proxy in every module of the user's own."""
         for path, module in root.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
-                continue
-            if module is not root and self.is_leaf_module(module, path):
                 continue
             self.classes[module] = type(module)
             module.__class__ = self._watched(type(module), path)
@@ -171,8 +199,27 @@ class _Tracer(fx.Tracer):
         def set_training(module: nn.Module, value: bool) -> None:
             module.__dict__["training"] = value
 
-        names = {"training": property(training, set_training), "__module__": original.__module__}
+        def attribute(module: nn.Module, name: str) -> Any:
+            value = original.__getattribute__(module, name)
+            if hasattr(self, "graph") and name not in _OF_MODULES and _is_plain(value):
+                self.attributes.setdefault(path, {})[name] = value
+            return value
+
+        names: dict[str, Any] = {"training": property(training, set_training), "__module__": original.__module__}
+        names["__getattribute__"] = attribute
+        if getattr(original, "_check_input_dim", None) in _CHECKS:
+            names["_check_input_dim"] = lambda module, input: None  # it branches on the number of dimensions
         return type(original.__name__, (original,), names)
+
+
+_OF_MODULES = set(vars(nn.Module()))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a graph holds a value as a constant without a trace of where it came from."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, complex, str, NoneType))
 
 
 def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
@@ -185,12 +232,16 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
     while True:
         tracer = _Tracer(opaque, freeze_batchnorm)
         states = {module: _state(module) for module in model.modules()}
+        drawn = _random_state()
         try:
+            if "forward" in vars(model):
+                raise _UnrecordedError("its forward has been replaced on the instance, which fx does not see")
             graph = tracer.trace(model)
             constants = {
                 name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
             }
             _check_unchanged(model, states[model])
+            _check_nothing_drawn(drawn)
         except Exception as error:
             if tracer.failed_in is None:
                 raise TraceError(_explain(model, error)) from error
@@ -202,8 +253,9 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             for module, state in states.items():
                 _restore(module, state)
+            _restore_random(drawn)
         _remove_unused_flags(graph, tracer)
-        return Trace(model, graph, tracer.entered, tracer.guards, tracer.frozen, opaque, constants)
+        return Trace(model, graph, tracer.entered, tracer.guards, tracer.frozen, tracer.attributes, opaque, constants)
 
 
 class _UnrecordedError(Exception):
@@ -216,9 +268,37 @@ def _region() -> tuple[Any, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
+def _random_state() -> dict[str, Any]:
+    """Of the generators that a forward may draw from, by the name of their module."""
+    states = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if "numpy" in sys.modules:
+        states["numpy"] = sys.modules["numpy"].random.get_state()
+    return states
+
+
+def _check_nothing_drawn(before: dict[str, Any]) -> None:
+    now = _random_state()
+    same = torch.equal(now["torch"], before["torch"]) and now["random"] == before["random"]
+    if same and "numpy" in before:
+        (_, keys, place, *_), (_, old_keys, old_place, *_) = now["numpy"], before["numpy"]
+        same = place == old_place and bool((keys == old_keys).all())
+    if not same:
+        raise _UnrecordedError("it draws random numbers while it is traced, which fx does not record")
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["random"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+_CONTAINERS = (dict, list, set, deque)
+
+
 def _state(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, its registries copied."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+    """A module's attributes, its registries and other containers copied."""
+    return {name: value.copy() if isinstance(value, _CONTAINERS) else value for name, value in vars(module).items()}
 
 
 def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
@@ -237,6 +317,8 @@ def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    if isinstance(one, _CONTAINERS) and isinstance(other, _CONTAINERS):
+        return len(one) == len(other) and all(map(operator.is_, one, other))
     return one is other
 
 
@@ -245,12 +327,12 @@ def _restore(module: nn.Module, state: dict[str, Any]) -> None:
         if name not in state:
             del vars(module)[name]
     for name, value in state.items():
-        if isinstance(value, dict):
+        if isinstance(value, _CONTAINERS) and isinstance(vars(module).get(name), _CONTAINERS):
             # The registry itself stays: others may hold it.
-            registry = vars(module)[name]
+            registry: Any = vars(module)[name]
             if not _same(registry, value):
                 registry.clear()
-                registry.update(value)
+                (registry.extend if isinstance(value, (list, deque)) else registry.update)(value)
         else:
             vars(module)[name] = value
 

@@ -26,6 +26,7 @@ class Converted(fx.GraphModule):
         # What else the user has put on the model, tensors that forward reads among it.
         vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
         vars(self).update(constants)
+        self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
         self._streamed_name = name
         self.add_module(name, streamed)

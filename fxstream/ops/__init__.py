@@ -24,7 +24,21 @@ from . import (
     whole,
 )
 from .border import fit
-from .registry import Answer, Fact, Local, Noise, NotLocal, Rule, Sliced, Unknown, functions, register, rule_for
+from .registry import (
+    Answer,
+    Fact,
+    Local,
+    Noise,
+    NotLocal,
+    Rule,
+    Sliced,
+    Unknown,
+    functions,
+    has_own_methods,
+    register,
+    rule_for,
+    rule_for_module,
+)
 
 __all__ = [
     "Answer",
@@ -40,6 +54,6 @@ __all__ = [
     "Transposed",
     "Unknown",
 ]
-__all__ += ["Value", "Window", "fit", "functions", "register", "rule_for"]
+__all__ += ["Value", "Window", "fit", "functions", "has_own_methods", "register", "rule_for", "rule_for_module"]
 __all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
 __all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]

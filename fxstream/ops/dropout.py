@@ -36,7 +36,8 @@ def dropping(
     def run(block: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return drop(block, noise >= p, p)
 
-    return Local((input, noise), input.dims, run, mutates=mutates)
+    # In eval mode, the result is the input itself: whoever overwrites one must see both in either mode.
+    return Local((input, noise), input.dims, run, mutates=mutates, aliases=input)
 
 
 def _zero(block: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor:

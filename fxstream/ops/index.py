@@ -128,7 +128,7 @@ def _selects(x: Value, dim: int, count: int) -> Iterator[Local]:
 @register(operator.getitem)
 def getitem(input: Value, index: Any) -> Answer:
     items = list(index) if isinstance(index, tuple) else [index]
-    lists = [place for place, item in enumerate(items) if isinstance(item, list)]
+    lists = [place for place, item in enumerate(items) if _is_list_of_integers(item)]
     if lists and all(item == slice(None) for place, item in enumerate(items) if place != lists[0]):
         return _picked(input, lists[0], items[lists[0]], lambda block: block[index])
     if not all(map(_is_plain, items)):
@@ -224,6 +224,10 @@ def narrow(input: Value, dim: int, start: Any, length: Any) -> Answer:
 @register(torch.select, "select")
 def select(input: Value, dim: int, index: int) -> Answer:
     return getitem(input, (*[slice(None)] * input.dim(dim), index))
+
+
+def _is_list_of_integers(item: Any) -> bool:
+    return isinstance(item, list) and all(type(number) is int for number in item)
 
 
 def _picked(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:

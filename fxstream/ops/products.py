@@ -9,6 +9,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -157,7 +158,10 @@ def einsum(equation: Any, *operands: Any) -> Answer:
     counts = Counter(symbol for term in written for symbol in term)
     implicit = [_DOTS, *sorted(symbol for symbol, times in counts.items() if times == 1 and symbol != _DOTS)]
     wanted = _spelt_out(_symbols(result) if arrow else implicit, most)
-    return product(operands, labels, wanted, "sums over", partial(torch.einsum, equation))
+    found = product(operands, labels, wanted, "sums over", partial(torch.einsum, equation))
+    # Of a single operand it may be no more than a permutation.
+    single = isinstance(found, Local) and len(operands) == 1
+    return replace(found, aliases=operands[0]) if single else found
 
 
 _DOTS = "..."

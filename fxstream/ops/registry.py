@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ..axes import Deferred, Dim, NotKnownError, Value
 from ..window import IDENTITY, Window
@@ -182,13 +183,37 @@ def _declared(target: Target) -> Rule | None:
     return rule
 
 
-_PASSIVE = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__annotate__", "__annotate_func__"}
+def rule_for_module(module: nn.Module) -> Rule | None:
+    """The rule of a module: that of its class, unless it has methods of its own."""
+    return None if has_own_methods(module, type(module)) else rule_for(type(module))
+
+
+def has_own_methods(module: nn.Module, kind: type) -> bool:
+    """Whether methods of a class have been replaced on one of its instances."""
+    return any(callable(value) and callable(getattr(kind, name, None)) for name, value in vars(module).items())
+
+
+_PASSIVE = set(
+    """
+    __init__ __init_subclass__ __repr__ __annotate__ __annotate_func__ __getstate__ __setstate__ __deepcopy__
+    extra_repr reset_parameters train eval to cpu cuda requires_grad_ zero_grad _apply apply
+    state_dict load_state_dict _load_from_state_dict _save_to_state_dict
+""".split()
+)
 
 
 def _behaves(heir: type) -> bool:
-    """Whether a class has methods or properties of its own, but for those that do not run when it is called."""
-    own = {name for name, value in vars(heir).items() if callable(value) or isinstance(value, property)}
-    return not own <= _PASSIVE
+    """Whether a class changes what may run when it is called.
+
+    That is so if it has descriptors of its own, or methods that are not new, but for those that do not run then.
+    """
+    inherited = heir.__mro__[1:]
+    for name, value in vars(heir).items():
+        described = callable(value) or hasattr(type(value), "__get__")
+        new = isinstance(value, FunctionType) and not any(name in vars(base) for base in inherited)
+        if described and not new and name not in _PASSIVE:
+            return True
+    return False
 
 
 def functions() -> tuple[Callable[..., Any], ...]:

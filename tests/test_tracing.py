@@ -1,0 +1,310 @@
+"""What a graph does not record must not be lost silently: it is seen in another way, or refused, or ends the prefix."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import types
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxstream
+from fxstream.testing import compare, head
+
+IMAGE = (2, 3, 13, 11)
+
+
+def conv(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(3, 3, 3, padding=1, **options).double()
+
+
+class Body(nn.Module):
+    """A forward given as a function, and what it needs."""
+
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any], **parts: Any) -> None:
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self, x)
+
+
+def assert_exact(model: nn.Module, **options: Any) -> Any:
+    converted = fxstream.convert(model.double(), 4, **options)
+    compare(model, converted, torch.randn(IMAGE))
+    return converted
+
+
+def test_a_full_backward_hook_of_the_root_runs() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    model.register_full_backward_hook(lambda module, inner, outer: (inner[0] * 3,))
+    assert_exact(model)
+
+
+def test_a_forward_replaced_on_a_submodule_is_the_one_that_runs() -> None:
+    replaced = conv()
+    original = replaced.forward
+    replaced.forward = lambda x: original(x) * 2  # type: ignore[method-assign]  # on purpose
+    converted = assert_exact(nn.Sequential(replaced, nn.ReLU(), conv()))
+    assert not head(converted)
+
+
+def test_another_method_replaced_on_a_submodule() -> None:
+    """As patches for seamless textures do."""
+
+    def circular(self: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.pad(x, (1,) * 4, mode="circular"), weight, bias)
+
+    replaced = conv()
+    replaced._conv_forward = types.MethodType(circular, replaced)  # type: ignore[method-assign]  # on purpose
+    with pytest.warns(fxstream.StreamingWarning, match="circular"):
+        assert_exact(nn.Sequential(conv(), replaced, nn.ReLU()))
+
+
+def test_a_forward_replaced_on_the_model_itself_is_refused() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(), conv())
+    model.forward = types.MethodType(lambda self, x: self[0](x), model)  # type: ignore[method-assign]  # on purpose
+    with pytest.raises(fxstream.TraceError, match="replaced on the instance"):
+        fxstream.convert(model, 4)
+
+
+class ByProperty(nn.Conv2d):
+    @property
+    def stride(self) -> Any:
+        return (2, 2)
+
+    @stride.setter
+    def stride(self, value: Any) -> None:
+        pass
+
+
+class ByPartial(nn.Conv2d):
+    def _scaled(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return nn.Conv2d.forward(self, x) * scale
+
+    forward = functools.partialmethod(_scaled, scale=2.0)  # type: ignore[assignment]  # on purpose
+
+
+class Initialised(nn.Conv2d):
+    """Changes nothing that runs when it is called."""
+
+    limit = 0.1
+
+    def init_weights(self) -> None:
+        nn.init.uniform_(self.weight, -self.limit, self.limit)
+
+    @staticmethod
+    def helper(x: int) -> int:
+        return x
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class AlwaysEval(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("kind", [ByProperty, ByPartial, Initialised])
+def test_subclasses_of_convolutions_are_what_they_are(kind: type[nn.Conv2d]) -> None:
+    assert not head(assert_exact(nn.Sequential(kind(3, 3, 3, padding=1), nn.ReLU(), conv())))
+
+
+@pytest.mark.parametrize("kind", [Doubled, AlwaysEval])
+def test_subclasses_of_batch_norms_stream(kind: type[nn.BatchNorm2d]) -> None:
+    model = nn.Sequential(conv(), kind(3), conv()).double().eval()
+    assert not head(assert_exact(model))
+    converted = fxstream.convert(model.train(), 4, freeze_batchnorm=True)
+    assert not head(converted)
+    compare(model.eval(), converted, torch.randn(IMAGE))
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["converted in train mode", "converted in eval mode"])
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5)])
+def test_what_dropout_returns_in_eval_mode_is_its_input(drop: nn.Module, start: bool) -> None:
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        z = self.relu(self.drop(y))
+        return y + z
+
+    model = Body(body, a=conv(), drop=drop, relu=nn.ReLU(inplace=True)).train(start)
+    converted = fxstream.convert(model, 4)
+    compare(model.eval(), converted.eval(), torch.randn(IMAGE))
+
+
+def test_the_flag_of_another_module_is_followed() -> None:
+    model = Body(lambda self, x: F.dropout(self.a(x), 0.5, self.drop.training), a=conv(), drop=nn.Dropout())
+    converted = fxstream.convert(model, 4)
+    assert not head(converted)
+    compare(model.eval(), converted.eval(), torch.randn(IMAGE))
+    image = torch.randn(IMAGE).double()
+    assert not torch.equal(converted.train()(image), converted(image))
+    branching = Body(lambda self, x: self.a(x) * (2 if self.norm.training else 1), a=conv(), norm=nn.BatchNorm2d(3))
+    converted = fxstream.convert(branching, 4)
+    with pytest.raises(fxstream.ModeError, match=r"^the forward of norm depends on its mode"):
+        converted.eval()(image)
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return -gradients[0]
+
+
+def test_an_autograd_function_that_returns_its_argument() -> None:
+    reversal = Body(lambda self, x: Reversal.apply(x))
+    with pytest.warns(fxstream.StreamingWarning, match=r"it calls Reversal, an autograd\.Function"):
+        assert_exact(nn.Sequential(conv(), reversal, conv()))
+    with pytest.raises(fxstream.TraceError, match=r"it calls Reversal, an autograd\.Function"):
+        fxstream.convert(Body(lambda self, x: self.b(Reversal.apply(self.a(x))), a=conv(), b=conv()), 4)
+
+
+DRAWING: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())),
+    "random": random.random,
+    "numpy": lambda: float(np.random.rand()),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWING.values(), ids=DRAWING)
+def test_numbers_drawn_while_tracing_are_drawn_at_every_call(draw: Callable[[], float]) -> None:
+    noisy = Body(lambda self, x: x + draw())
+    model = nn.Sequential(conv(), noisy, conv())
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    with pytest.warns(fxstream.StreamingWarning, match="draws random numbers while it is traced"):
+        converted = fxstream.convert(model, 4)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+    image = torch.randn(IMAGE).double()
+    assert not torch.equal(converted(image), converted(image))
+    with pytest.raises(fxstream.TraceError, match="draws random numbers"):
+        fxstream.convert(Body(lambda self, x: self.a(x) * draw(), a=conv()), 4)
+
+
+def test_a_weight_that_is_a_plain_tensor_gets_its_gradient() -> None:
+    """As hypernetworks and meta-learning set them."""
+    module = conv()
+    del module.weight
+    module.weight = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    model = nn.Sequential(module, nn.ReLU())
+    converted = fxstream.convert(model, 4)
+    image = torch.randn(IMAGE).double()
+    (expected,) = torch.autograd.grad(model(image).square().sum(), module.weight)
+    loss = converted(image).square().sum()
+    (found,) = torch.autograd.grad(loss, module.weight)
+    torch.testing.assert_close(found, expected)
+    loss = converted(image).square().sum()
+    with torch.no_grad():
+        module.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_attribute_that_was_read_and_has_changed_is_an_error() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha, self.steps, self.sizes = 1.0, 0, (1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.pad(x, self.sizes) * self.alpha
+
+    model = nn.Sequential(conv(), Scaled())
+    converted = assert_exact(model)
+    image = torch.randn(IMAGE).double()
+    scaled = converted.get_submodule("1")
+    scaled.steps = 5  # nobody has read it
+    converted(image)
+    for name, value in (("alpha", 2.0), ("sizes", (2, 1))):
+        before = getattr(scaled, name)
+        setattr(scaled, name, value)
+        with pytest.raises(fxstream.AttributeChangedError, match=rf"^1\.{name} was .* at the conversion"):
+            converted(image)
+        setattr(scaled, name, before)
+    copy.deepcopy(converted)(image)
+
+
+def test_einsum_may_return_a_view() -> None:
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        z = torch.einsum("nchw->nhwc", y)
+        z += 1
+        return self.b(y) + z.permute(0, 3, 1, 2)
+
+    with pytest.warns(fxstream.StreamingWarning, match="einsum shares memory that iadd"):
+        assert_exact(Body(body, a=conv(), b=conv()))
+
+
+@pytest.mark.parametrize("index", [[True, False, True], [[0, 1], [1, 2]]], ids=str)
+def test_other_lists_than_of_integers_as_an_index(index: Any) -> None:
+    model = Body(lambda self, x: self.a(x)[:, index] * self.a(x)[:, index].shape[1], a=conv())
+    assert_exact(model)
+
+
+@pytest.mark.parametrize("kind", [list, set, deque, dict])
+def test_what_forward_puts_into_a_container_is_not_left_there_by_the_conversion(kind: Any) -> None:
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = conv()
+            self.seen = kind()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.clear()
+            y = self.a(x)
+            put = {list: "append", deque: "append", set: "add"}.get(kind)
+            getattr(self.seen, put)(y.mean()) if put else self.seen.update(mean=y.mean())
+            return y
+
+    recording = Recording()
+    converted = fxstream.convert(nn.Sequential(conv(), recording), 4)
+    assert head(converted) == ["_1"]
+    assert not recording.seen
+    converted(torch.randn(IMAGE).double())
+    (seen,) = converted.get_submodule("1").seen.values() if kind is dict else converted.get_submodule("1").seen
+    assert isinstance(seen, torch.Tensor)
+
+
+def test_a_parameter_reshaped_by_sizes_with_the_extent_of_the_image() -> None:
+    model = Body(lambda self, x: (y := self.a(x)) + self.p.view(1, y.shape[1], 13, 11), a=conv())
+    model.p = nn.Parameter(torch.randn(3, 143))
+    assert not head(assert_exact(model))
+
+
+@pytest.mark.parametrize("name", ["graph", "code"])
+def test_names_that_a_graph_module_has_taken(name: str) -> None:
+    model = nn.Sequential(conv(), nn.ReLU())
+    model.add_module(name, nn.ReLU())
+    with pytest.raises(fxstream.StreamingError, match=f"attribute '{name}'.*rename it"):
+        fxstream.convert(model, 4)
+
+
+def test_noise_does_not_depend_on_the_default_device() -> None:
+    converted = fxstream.convert(nn.Sequential(conv(), nn.Dropout(0.5)), 4)
+    image = torch.randn(IMAGE).double()
+    torch.manual_seed(1)
+    expected = converted(image)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        assert torch.equal(converted(image), expected)
