@@ -19,7 +19,7 @@ from .lower import Step, leaves, program
 from .noise import draw
 from .ops import Noise, Sliced
 from .schedule import Index, Tile, readers
-from .tape import Budget, Key, Source, Sums, Tape, TileGraph
+from .tape import Budget, Key, Source, Sums, Tape, TileGraph, aliases
 
 
 class Forward(NamedTuple):
@@ -75,6 +75,7 @@ class Scan:
         graphs: dict[Tile, TileGraph] = {}
         expiring: dict[Tile, list[Key]] = {}
         budget = Budget(self.call.settings.memory_budget if keep else 0, self.tensors)
+        recording = self._on_aliases() if budget.left else self
         tiles = list(self.grid.tiles())
         previous: Tile = ()
         with torch.no_grad(), self.call.autocasting():
@@ -84,7 +85,7 @@ class Scan:
                 previous = tile
                 if budget.left:
                     with budget.counting():
-                        graph = self._graph(tile, regions, pieces)
+                        graph = recording._graph(tile, regions, pieces)
                     blocks, kept = graph.blocks, graph.kept
                     if budget.affords(graph):
                         graphs[tile] = graph
@@ -124,6 +125,10 @@ class Scan:
             # Nothing of this tile shall be alive while the next one is computed.
             del graph, roots
         return sums.of_tensors()
+
+    def _on_aliases(self) -> Scan:
+        """The same scan for tiles whose gradients are not those of the tensors themselves."""
+        return Scan(self.call, aliases(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
 
     def _graph(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> TileGraph:
         """Compute a tile with autograd."""

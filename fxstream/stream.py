@@ -6,7 +6,6 @@ tensor that it uses, and which computes its activations again in the backward pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +19,7 @@ from .noise import restored_on_failure
 from .scan import Scan
 from .serialize import dump_graph, load_graph
 from .settings import Settings
+from .tape import aliases
 
 
 class Streamed(nn.Module):
@@ -53,9 +53,7 @@ class Streamed(nn.Module):
         check_attributes(owner, self.settings.attributes)
         call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        scan = Scan(
-            call, _aliases(tensors, [tensor.requires_grad for tensor in tensors]) if differentiable else tensors
-        )
+        scan = Scan(call, tensors)
         with restored_on_failure() if scan.random else nullcontext():
             if differentiable:
                 outputs = _StreamedFunction.apply(scan, *map(_with_node, tensors))
@@ -99,15 +97,10 @@ class _StreamedFunction(torch.autograd.Function):
         tensors, kept = saved[: len(saved) - len(ctx.keys)], saved[len(saved) - len(ctx.keys) :]
         pieces = dict(zip(ctx.keys, kept, strict=True))
         with torch.no_grad():
-            found = Scan(ctx.call, _aliases(tensors, _asked_for(ctx))).backward(pieces, ctx.graphs, gradients)
+            found = Scan(ctx.call, aliases(tensors, _asked_for(ctx))).backward(pieces, ctx.graphs, gradients)
         if torch.is_grad_enabled():
             found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
         return (None, *found)
-
-
-def _aliases(tensors: Sequence[torch.Tensor], trained: Sequence[bool]) -> list[torch.Tensor]:
-    """Leaves with the memory of the parameters. Of the Parameters themselves, the hooks would fire once a tile."""
-    return [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(tensors, trained, strict=True)]
 
 
 def _with_node(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,11 @@ Origin = tuple["int | Key", Index]
 """Where rows come from: the tensor's slot or the piece's key, and which rows of it."""
 
 
+def aliases(tensors: Sequence[torch.Tensor], trained: Sequence[bool]) -> list[torch.Tensor]:
+    """Leaves with the memory of the parameters. Of the Parameters themselves, the hooks would fire once a tile."""
+    return [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(tensors, trained, strict=True)]
+
+
 @dataclass
 class Source:
     """Reads for a tile of a scan without gradients."""
