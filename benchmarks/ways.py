@@ -67,13 +67,15 @@ class Fxstream(Conventional):
 
         super().__init__(network, tile)
         self.network = fxstream.convert(network, tile)
-        self.small = tile + tile // 4 + 1
+        self.small = math.ceil(1.25 * tile / 32) * 32  # what a U-Net, too, can halve and double again
 
 
 class Lightstream(Conventional):
     """lightstream's StreamingCNN runs the trunk; as its documentation asks, normalisation is not trained."""
 
     def __init__(self, network: Network, tile: int | None):
+        if any(isinstance(module, nn.ConvTranspose2d) for module in network.trunk.modules()):
+            raise TypeError("lightstream has no transposed convolutions")
         field = _receptive_field(network.trunk)
         if tile < field:
             raise ValueError(f"tile {tile} is smaller than the receptive field, {field}")
