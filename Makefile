@@ -20,10 +20,10 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/examples
-	$(BIN)/python benchmarks/step.py --model resnet18 --size 4096 --tiles 256 512
+bench: .venv/bench
+	$(BIN)/python benchmarks/compare.py --models resnet18 --sizes 4096 --tiles 256 512
 
-.venv/test .venv/examples: .venv/%: pyproject.toml
+.venv/test .venv/examples .venv/bench: .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@

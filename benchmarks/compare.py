@@ -1,0 +1,196 @@
+"""Conventional PyTorch, checkpointing, lightstream and fxstream, side by side: time, memory, and what can be counted.
+
+    python benchmarks/compare.py --models resnet18 --sizes 1024 2048 --tiles 256 512 --repeats 3
+
+A step is: forward of the network, loss, backward; or the forward alone. float32, one image, no gradient for it, all
+normalisation with running statistics. Everything runs in processes of its own, one after the other: the ways take
+turns, and medians are reported. First, in float64 and on a small image, each way's gradients are compared with the
+conventional ones; where they are wrong the case is not comparable, and not timed.
+
+- seconds: of one step; by CUDA events if there is a GPU.
+- peak: the peak of resident memory (on a GPU: allocated memory) over the loaded model, the image included.
+- FLOPs: by torch.utils.flop_counter, without what is element-wise.
+- live: the peak of the bytes of all tensors that the step makes, the image included.
+- held: those of them that are alive between forward and backward, the image aside.
+
+The last three are counted in another process, since counting disturbs time and memory.
+
+Written to the output folder after every group of cases: bench.json, and bench.png with time and memory against size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cases import MODELS, MODES, Case
+from measure import environment
+from report import notes, plot, table
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from ways import TILED, WAYS
+
+MEASURED = ("seconds", "peak_bytes")
+COUNTED = ("flops", "live_bytes", "held_bytes")
+TOLERANCE = 1e-6
+"""Of gradients in float64: rounding gives 1e-12 at most, and a lost border of a tile 1e-3 at least."""
+
+
+@dataclass
+class Row:
+    """What has been found out about a case."""
+
+    case: Case
+    status: str = "ok"
+    note: str = ""
+    compared: dict[str, Any] = field(default_factory=dict)
+    counted: dict[str, Any] = field(default_factory=dict)
+    runs: list[dict[str, float]] = field(default_factory=list)
+
+    def fail(self, note: str) -> None:
+        self.status, self.note = "failed", note
+
+    def figures(self) -> dict[str, float | None]:
+        found = {key: median(run[key] for run in self.runs) if self.runs else None for key in MEASURED}
+        return {**found, **{key: self.counted.get(key) for key in COUNTED}}
+
+    def record(self, plain: dict[str, float | None]) -> dict[str, Any]:
+        """As it is written; `plain`: the figures of the conventional case."""
+        figures = self.figures() if self.status == "ok" else dict.fromkeys(MEASURED + COUNTED)
+        ratios = {key: value / plain[key] if value and plain[key] else None for key, value in figures.items()}
+        found = {"status": self.status, "note": self.note, **figures, "ratios": ratios}
+        return {**asdict(self.case), "label": self.case.label, **found, "compared": self.compared, "runs": self.runs}
+
+
+class ProcessError(Exception):
+    """A process has failed, and why."""
+
+
+class Bench:
+    """Runs cases, each in a fresh process."""
+
+    def __init__(self, options: argparse.Namespace, progress: Progress):
+        self.options, self.progress = options, progress
+        self.task = progress.add_task("")
+        self.comparisons: dict[Case, dict[str, Any] | ProcessError] = {}
+
+    def group(self, cases: list[Case]) -> list[dict[str, Any]]:
+        """Cases that differ in their way alone, which take turns."""
+        rows = [Row(case) for case in cases]
+        for row in rows:
+            self.prepare(row)
+        for _ in range(self.options.repeats):
+            for row in rows:
+                self.attempt(row)
+        plain = next((row.figures() for row in rows if row.case.way == "conventional"), {})
+        return [row.record({**dict.fromkeys(MEASURED + COUNTED), **plain}) for row in rows]
+
+    def prepare(self, row: Row) -> None:
+        """Compare, and count."""
+        try:
+            if row.case.way != "conventional":
+                row.compared = self.compare(row.case)
+            if row.compared and not row.compared["error"] <= TOLERANCE:
+                row.status = "not comparable"
+                row.note = "relative error {error:.1e} of {worst}".format(**row.compared)
+            elif row.case.size <= self.options.count_up_to:
+                row.counted = self.run("counted", row.case)
+            if row.status == "ok" and row.compared.get("untrained"):
+                row.note = "{untrained} parameters (normalisation) are not trained".format(**row.compared)
+        except ProcessError as error:
+            row.fail(str(error))
+
+    def compare(self, case: Case) -> dict[str, Any]:
+        """Once for all sizes."""
+        key = replace(case, size=0)
+        if key not in self.comparisons:
+            try:
+                self.comparisons[key] = self.run("compared", case)
+            except ProcessError as error:
+                self.comparisons[key] = error
+        found = self.comparisons[key]
+        if isinstance(found, ProcessError):
+            raise found
+        return found
+
+    def attempt(self, row: Row) -> None:
+        if row.status == "ok":
+            try:
+                row.runs.append(self.run("timed", row.case))
+            except ProcessError as error:
+                row.fail(str(error))
+
+    def run(self, task: str, case: Case) -> dict[str, Any]:
+        self.progress.update(self.task, description=f"{case.model}, {case.size}, {case.mode}, {case.label}: {task}")
+        command = [sys.executable, str(Path(__file__).with_name("measure.py")), task, json.dumps(asdict(case))]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.options.timeout)
+        except subprocess.TimeoutExpired:
+            raise ProcessError(f"more than {self.options.timeout} s ({task})") from None
+        if done.returncode < 0:
+            raise ProcessError(f"killed by {signal.Signals(-done.returncode).name} ({task})")
+        if done.returncode:
+            raise ProcessError(f"{done.stderr.strip().splitlines()[-1]} ({task})")
+        return json.loads(done.stdout)
+
+
+def groups(options: argparse.Namespace) -> Iterator[list[Case]]:
+    for model in options.models:
+        for mode in options.modes:
+            for size in options.sizes:
+                yield [
+                    Case(model, size, mode, way, tile)
+                    for way in options.ways
+                    if not (way == "checkpoint" and mode == "inference")  # which is conventional
+                    for tile in ([tile for tile in options.tiles if tile < size] if way in TILED else [None])
+                ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["resnet18"], metavar="MODEL", help=f"{[*MODELS]}"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["training"], metavar="MODE", help=f"{[*MODES]}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help=f"{[*WAYS]}")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096], help="height and width in pixels")
+    parser.add_argument("--large", action="store_true", help="8192, too")
+    parser.add_argument("--tiles", nargs="+", type=int, default=[256, 512, 1024], help="in pixels")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--count-up-to", type=int, default=2048, metavar="SIZE", help="count at sizes up to this")
+    parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for one process")
+    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder")
+    options = parser.parse_args()
+    options.sizes += [8192] if options.large and 8192 not in options.sizes else []
+    return options
+
+
+def main() -> None:
+    options = parse()
+    options.output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    found = {"environment": environment(), "options": {**vars(options), "output": str(options.output)}, "cases": []}
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bench = Bench(options, progress)
+        for cases in groups(options):
+            records = bench.group(cases)
+            console.print(table(records), *notes(records), sep="\n")
+            found["cases"] += records
+            (options.output / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+            plot(found["cases"], options.output / "bench.png")
+    console.print(f"{options.output}/bench.json, {options.output}/bench.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Tables and plots of what `compare.py` has found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+COLUMNS = {
+    "seconds": ("seconds", 1),
+    "peak_bytes": ("peak MiB", 2**20),
+    "flops": ("TFLOP", 1e12),
+    "live_bytes": ("live MiB", 2**20),
+    "held_bytes": ("held MiB", 2**20),
+}
+"""Heading and unit."""
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """Cases that differ in their way alone; each figure with its ratio to the conventional one."""
+    found = Table(title="{model}, {size} x {size}, {mode}".format(**records[0]), title_justify="left")
+    found.add_column("", no_wrap=True)
+    for heading, _ in COLUMNS.values():
+        found.add_column(heading, justify="right")
+    found.add_column("error", justify="right")
+    for record in records:
+        error = record["compared"].get("error")
+        figures = (_figure(record, key) for key in COLUMNS)
+        found.add_row(record["label"], *figures, "" if error is None else f"{error:.0e}")
+    return found
+
+
+def notes(records: list[dict[str, Any]]) -> Iterator[str]:
+    """What a table has no room for."""
+    for record in records:
+        if record["note"]:
+            status = "" if record["status"] == "ok" else f"{record['status']}: "
+            yield f"{record['label']}: {status}{record['note']}"
+
+
+def _figure(record: dict[str, Any], key: str) -> str:
+    if record[key] is None:
+        return ""
+    ratio = record["ratios"][key]
+    return f"{record[key] / COLUMNS[key][1]:.3g}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory against the image's size: a row for each model and mode."""
+    groups = list(dict.fromkeys((record["model"], record["mode"]) for record in records))
+    figure = Figure(figsize=(11, 3.6 * len(groups)), layout="constrained")
+    rows = figure.subplots(len(groups), 2, squeeze=False)
+    labels = list(dict.fromkeys(record["label"] for record in records))
+    colours = dict(zip(labels, mpl.color_sequences["tab20"] * len(labels), strict=False))
+    for (model, mode), row in zip(groups, rows, strict=True):
+        mine = [record for record in records if (record["model"], record["mode"]) == (model, mode)]
+        for axes, key in zip(row, ("seconds", "peak_bytes"), strict=True):
+            _lines(axes, mine, key, colours)
+            axes.set_title(f"{model}, {mode}")
+        row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _lines(axes: Axes, records: Iterable[dict[str, Any]], key: str, colours: dict[str, Any]) -> None:
+    heading, unit = COLUMNS[key]
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if record[key] is not None:
+            lines.setdefault(record["label"], []).append((record["size"], record[key] / unit))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, color=colours[label])
+    sizes = sorted({record["size"] for record in records})
+    axes.set(xlabel="image size in pixels", ylabel=heading, xscale="log", yscale="log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)

@@ -1,0 +1,69 @@
+"""The benchmark command at a tiny size: what it writes, and what it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parent.parent
+FIGURES = {"seconds", "peak_bytes", "flops", "live_bytes", "held_bytes"}
+
+
+def python(script: str, *arguments: str) -> str:
+    """Run a script of the benchmarks on the CPU, on one thread; what it prints."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, Any]:
+    python("compare.py", "--models", "notebook", "--repeats", "1", "--output", str(folder), *arguments)
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_training(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--sizes", "160", "--tiles", "32", "--ways", "conventional", "fxstream")
+    assert found["environment"]["threads"] == 1
+    assert found["environment"]["variables"]["OMP_NUM_THREADS"] == "1"
+    assert {"torch", "lightstream"} <= set(found["environment"]["versions"])
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    plain, streamed = found["cases"]
+    assert [case["label"] for case in found["cases"]] == ["conventional", "fxstream, tile 32"]
+    for case in found["cases"]:
+        assert case["status"] == "ok", case["note"]
+        assert all(case[key] > 0 for key in FIGURES)
+        assert case["ratios"] == {key: case[key] / plain[key] for key in FIGURES}
+    assert streamed["compared"]["error"] < 1e-10
+    assert streamed["compared"]["untrained"] == 0
+    case = {"model": "notebook", "size": 160, "mode": "inference", "way": "conventional"}
+    forward = json.loads(python("measure.py", "counted", json.dumps(case)))
+    assert forward["held_bytes"] is None
+    assert plain["flops"] < streamed["flops"] <= plain["flops"] + forward["flops"]
+    assert streamed["held_bytes"] < 0.2 * plain["held_bytes"]
+    assert streamed["live_bytes"] < 0.5 * plain["live_bytes"]
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    if importlib.util.find_spec("lightstream") is None:
+        pytest.skip("lightstream is not installed")
+    arguments = ["--sizes", "160", "--tiles", "32", "128", "--ways", "lightstream", "conventional"]
+    small, large, plain = bench(tmp_path, *arguments)["cases"]
+    assert small["status"] == "failed"
+    assert "smaller than the receptive field, 36" in small["note"]
+    assert small["seconds"] is None
+    assert [large["status"], plain["status"]] == ["ok", "ok"], large["note"]
+    assert large["compared"]["error"] < 1e-10
+    assert large["ratios"]["flops"] > 1
