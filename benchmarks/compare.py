@@ -41,7 +41,7 @@ from ways import TILED, WAYS
 MEASURED = ("seconds", "peak_bytes")
 COUNTED = ("flops", "live_bytes", "held_bytes")
 TOLERANCE = 1e-6
-"""Of gradients in float64: rounding gives 1e-12 at most, and a lost border of a tile 1e-3 at least."""
+"""Of gradients in float64, where rounding has given 1e-14."""
 
 
 @dataclass
