@@ -87,10 +87,10 @@ def convert(
 
 def _check_names(model: nn.Module) -> None:
     taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
-    own = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    own = {*model._modules, *model._parameters, *model._buffers}
     if clash := sorted(own & taken):
         raise StreamingError(
-            f"the model has an attribute '{clash[0]}', which is what a torch.fx.GraphModule calls one of its own. "
+            f"the model has a module or parameter '{clash[0]}', which is what a torch.fx.GraphModule calls one of its own. "
             "Way out: rename it"
         )
 
