@@ -90,7 +90,7 @@ def _check_names(model: nn.Module) -> None:
     own = {*model._modules, *model._parameters, *model._buffers}
     if clash := sorted(own & taken):
         raise StreamingError(
-            f"the model has a module or parameter '{clash[0]}', which is what a torch.fx.GraphModule calls one of its own. "
+            f"the model has a module or parameter '{clash[0]}', a name that torch.fx.GraphModule uses itself. "
             "Way out: rename it"
         )
 
