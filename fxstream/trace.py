@@ -317,6 +317,8 @@ def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    if isinstance(one, set) and isinstance(other, set):
+        return one == other  # a copy may have another order
     if isinstance(one, _CONTAINERS) and isinstance(other, _CONTAINERS):
         return len(one) == len(other) and all(map(operator.is_, one, other))
     return one is other
