@@ -118,6 +118,8 @@ class Builder:
         self.values: list[str] = ["x"]
         self.views: dict[str, set[str]] = {}
         """A value that may be a view -> those whose memory it may share."""
+        self.renamed: dict[str, str] = {}
+        """Another name of an overwritten value -> its first one."""
         self.modules: list[str] = []
         self.count = 0
         self.axes = len(shape) - 2
@@ -576,7 +578,7 @@ class Builder:
     def viewed(self, expression: str) -> str | None:
         name = self.line(expression)
         if name:
-            sources = set(re.findall(r"\b(?:v\d+|x)\b", expression))
+            sources = {self.first_name(v) for v in re.findall(r"\b(?:v\d+|x)\b", expression)}
             self.views[name] = sources.union(*(self.views.get(source, ()) for source in sources))
         return name
 
@@ -597,12 +599,15 @@ class Builder:
     def overwrite(self, v: str, expression: str, comment: str = "") -> str | None:
         """An in-place operation: a statement such as `v += u`, or an expression whose result may get a name."""
         # What torch copies here, it need not copy for another layout in memory.
-        mine = {v, *self.views.get(v, ())}
+        first = self.first_name(v)
+        mine = {first, *self.views.get(first, ())}
         shares = any(mine & {name, *sources} for name, sources in self.views.items())
         if "= " in expression.split("(")[0]:
             done = self.statement(v, expression, comment)
         elif self.chance(2):
             done = self.line(expression, comment)
+            if done:
+                self.renamed[done] = first
         elif self.chance(2):
             done = self.line(expression, comment, name=v)
         else:
@@ -610,6 +615,10 @@ class Builder:
         if done and shares:
             self.network.may_stop = True
         return done
+
+    def first_name(self, v: str) -> str:
+        """The name under which a value was made: what overwrites it may have given it another."""
+        return self.renamed.get(v, v)
 
     def statement(self, v: str, statement: str, comment: str) -> str | None:
         try:
