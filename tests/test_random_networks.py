@@ -118,8 +118,6 @@ class Builder:
         self.values: list[str] = ["x"]
         self.views: dict[str, set[str]] = {}
         """A value that may be a view -> those whose memory it may share."""
-        self.renamed: dict[str, str] = {}
-        """Another name of an overwritten value -> its first one."""
         self.modules: list[str] = []
         self.count = 0
         self.axes = len(shape) - 2
@@ -606,8 +604,6 @@ class Builder:
             done = self.statement(v, expression, comment)
         elif self.chance(2):
             done = self.line(expression, comment)
-            if done:
-                self.renamed[done] = first
         elif self.chance(2):
             done = self.line(expression, comment, name=v)
         else:
@@ -617,8 +613,8 @@ class Builder:
         return done
 
     def first_name(self, v: str) -> str:
-        """The name under which a value was made: what overwrites it may have given it another."""
-        return self.renamed.get(v, v)
+        """The name under which a value was made: what overwrites it, or returns it as it is, gives it another."""
+        return next(name for name in self.values if self.names[name] is self.names[v])
 
     def statement(self, v: str, statement: str, comment: str) -> str | None:
         try:
