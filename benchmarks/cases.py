@@ -100,6 +100,7 @@ def _flat(*modules: nn.Module) -> nn.Sequential:
 MODELS: dict[str, Callable[[], Network]] = {
     "notebook": _notebook,
     "resnet18": lambda: _resnet("resnet18"),
+    "resnet34": lambda: _resnet("resnet34"),
     "resnet50": lambda: _resnet("resnet50"),
     "convnext_tiny": _convnext,
     "unet": lambda: Network(UNet(), nn.Conv2d(16, 2, 1)),
