@@ -28,11 +28,14 @@ from .lower import (
     spatial_axes,
 )
 from .memory import Memory
-from .ops import Answer, Fact, Local, NotLocal, Unknown
+from .ops import Answer, Fact, Local, NotLocal, Total, Unknown
 from .trace import Trace
 from .window import IDENTITY, Window
 
-Status = Literal["image", "constant", "size", "local", "stop", "head"]
+Status = Literal["image", "constant", "size", "local", "total", "stop", "head"]
+
+STREAMED: tuple[Status, ...] = ("size", "local", "total")
+"""What the streamed submodule computes."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Finding:
     node: fx.Node
     status: Status
     """image: the streamed input; constant: does not depend on it; size: depends on its size alone; local: streams;
-    stop: depends on the image but is not local; head: comes after a stop."""
+    total: reduces whole axes, and is accumulated tile by tile; stop: depends on the image but is not local; head: comes
+    after one of these two."""
     operation: str
     answer: Answer | None = None
     problem: NotLocal | None = None
@@ -121,14 +125,14 @@ class Analysis:
 
     @property
     def stops(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.status == "stop"]
+        return [finding for finding in self.findings if finding.status in ("total", "stop")]
 
     @property
     def prefix(self) -> list[fx.Node]:
-        """The nodes of the streamed part, in order: the local ones that an output needs."""
+        """The nodes of the streamed part, in order: those that an output needs."""
         names = {node.name for node in self.outputs}
         needed = names.union(*(nx.ancestors(self.graph, name) for name in names))
-        return [f.node for f in self.findings if f.status in ("local", "size") and f.node.name in needed]
+        return [f.node for f in self.findings if f.status in STREAMED and f.node.name in needed]
 
     def bypassed(self) -> dict[str, NotLocal]:
         """Modules that were traced as they are in one mode, and none of whose operations is streamed -> why."""
@@ -194,9 +198,18 @@ def _find(trace: Trace, image: fx.Node, names: tuple[str, ...], axes: tuple[str,
         if walk.conflict is None:
             for finding in findings:
                 finding.early = finding.status == "constant" and walk.memory.precedes_streaming(finding.node)
+            _leave_totals(findings)
             return findings
         node, problem = walk.conflict
         left_to_head[node] = problem
+
+
+def _leave_totals(findings: list[Finding]) -> None:
+    """Leave those reductions to the head whose operands it gets in any case."""
+    crossing = _crossing(findings)
+    for finding in findings:
+        if finding.status == "total" and not crossing.isdisjoint(_sources(finding)):
+            finding.status = "stop"
 
 
 class _Walk:
@@ -242,6 +255,8 @@ class _Walk:
                 passed = [leaf for leaf in leaves(self.values[node]) if isinstance(leaf, Value)] if not local else []
                 bases = [one.aliases for one in local if one.aliases is not None]
                 self.memory.add(node, map(self._node_of, [*bases, *passed]))
+        elif finding.status == "total":
+            self.memory.add(node, ())
         elif finding.status != "image":
             # Without a rule that says otherwise, its result may be a view of anything that it reads.
             slides = spatial_axes(node, self.trace.module_of(node)) is not None
@@ -272,6 +287,8 @@ class _Walk:
         if found is not None and locals_of(found):
             constants = [source for source in sources if source not in depending]
             found = self.memory.read_constants(node, constants, self._state(node)) or found
+        if isinstance(found, Total):
+            return Finding(node, "total", name, found, found.problem, reads)
         if found is not None and not isinstance(found, NotLocal):
             of_values = not isinstance(found, Fact) or any(isinstance(leaf, Value) for leaf in leaves(found.value))
             status: Status = "local" if of_values else "size"
@@ -281,7 +298,7 @@ class _Walk:
         return Finding(node, "head" if found is None else "stop", name, problem=found, reads=reads)
 
     def _in_head(self, node: fx.Node) -> bool:
-        return self.found[node].status in ("stop", "head")
+        return self.found[node].status in ("total", "stop", "head")
 
     def _ask(self, node: fx.Node, module: nn.Module | None) -> Answer:
         if node in self.left_to_head:
@@ -291,6 +308,8 @@ class _Walk:
         if module is not None and str(node.target) in self.trace.opaque:
             return self.trace.opaque[str(node.target)]
         found = answer(node, self._input, module, freeze=self.freeze)
+        if isinstance(found, Total) and found.operand.index == 0:
+            return found.problem  # there is nothing to stream
         if isinstance(found, Local) and found.mutates is not None:
             return self.memory.obstacle(node, self._node_of(found.mutates), self._in_head) or found
         return found
@@ -363,22 +382,27 @@ class _Constants:
 
 
 def _outputs(findings: list[Finding]) -> list[fx.Node]:
-    """The local values that the head reads, each under the name of the result that it sees."""
-    head = [finding for finding in findings if finding.status in ("stop", "head")]
-    crossing = {finding.reads.get(source, source) for finding in head for source in finding.node.all_input_nodes}
-    outside = image_sizes(findings)
-    return [
-        finding.node
-        for finding in findings
-        if finding.status in ("local", "size") and finding.node in crossing and finding.node not in outside
-    ]
+    """The streamed values that the head reads."""
+    wanted = _crossing(findings) - image_sizes(findings)
+    return [finding.node for finding in findings if finding.status in STREAMED and finding.node in wanted]
+
+
+def _crossing(findings: list[Finding]) -> set[fx.Node]:
+    """What the head reads."""
+    head = (finding for finding in findings if finding.status in ("stop", "head"))
+    return {source for finding in head for source in _sources(finding)}
+
+
+def _sources(finding: Finding) -> list[fx.Node]:
+    """What a node reads, each under the name of the result that it sees."""
+    return [finding.reads.get(source, source) for source in finding.node.all_input_nodes]
 
 
 def image_sizes(findings: list[Finding]) -> set[fx.Node]:
     """The nodes that depend on nothing but the size of the image itself: the head can read it there."""
     found: set[fx.Node] = set()
     for finding in findings:
-        sources = {finding.reads.get(source, source) for source in finding.node.all_input_nodes}
+        sources = set(_sources(finding))
         if finding.status in ("image", "constant") or (finding.status == "size" and sources <= found):
             found.add(finding.node)
     return {finding.node for finding in findings if finding.status == "size" and finding.node in found}
@@ -389,8 +413,7 @@ def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
     for finding in findings:
         name = finding.node.name
         graph.add_node(name, status=finding.status, operation=finding.operation, receptive_field=None)
-        for source in finding.node.all_input_nodes:
-            source = finding.reads.get(source, source)
+        for source in _sources(finding):
             graph.add_edge(source.name, name, windows=finding.windows.get(source))
     for name in nx.topological_sort(graph):
         graph.nodes[name]["receptive_field"] = _receptive_field(graph, name, axes)

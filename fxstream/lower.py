@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .axes import Symbol, Value
 from .errors import ImageTooSmallError, NotLocalError
-from .ops import Answer, Fact, Local, NotLocal, Rule, Unknown, rule_for, rule_for_module
+from .ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, rule_for, rule_for_module
 from .schedule import Program
 from .trace import INPLACE_OPERATORS
 from .window import Span
@@ -172,7 +172,12 @@ def locals_of(found: Answer) -> tuple[Local, ...]:
 
 
 def define(found: Answer, index: int) -> Any:
-    """The value of a node: for each operation in the answer a Value, numbered from `index`; for a fact what it says."""
+    """The value of a node: for each operation in the answer a Value, numbered from `index`; for a fact what it says.
+
+    A total stands for itself: no streamed operation reads it.
+    """
+    if isinstance(found, Total):
+        return found
     numbers = count(index)
     parts = found if isinstance(found, tuple) else (found,)
     values = tuple(
@@ -204,7 +209,7 @@ class Lowered:
 
     steps: list[Step]
     results: tuple[Any, ...]
-    """What the graph returns: Values, and facts."""
+    """What the graph returns: Values, totals and facts."""
 
 
 def lower(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from .analysis import Analysis, image_sizes
+from .analysis import STREAMED, Analysis, image_sizes
 
 Nodes = dict[fx.Node, fx.Node]
 
@@ -57,7 +57,7 @@ def _outer(analysis: Analysis, name: str, entering: list[fx.Node]) -> fx.Graph:
             new[node] = graph.call_function(operator.getitem, (call, index))
     outside = _wanted(analysis)
     for finding in analysis.findings:
-        if (finding.status not in ("local", "size") or finding.node in outside) and finding.node not in new:
+        if (finding.status not in STREAMED or finding.node in outside) and finding.node not in new:
             _copy(graph, finding.node, finding.reads, new)
     return graph
 

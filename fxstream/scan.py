@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_map
 
 from .axes import Extent, Value
 from .call import Call
-from .carry import Placement, Stitch, empty_like, index_of, stitch
+from .carry import Placement, Stitch, index_of, stitch
+from .errors import StreamingError
 from .fetch import Region, Regions, fetch
-from .lower import Step, leaves, program
+from .lower import Step, label, leaves, program
 from .noise import draw
-from .ops import Noise, Sliced
+from .ops import Noise, Sliced, Total, Totals
+from .outputs import Accumulated, Output, Whole
 from .schedule import Index, Tile, readers
 from .tape import Budget, Key, Source, Sums, Tape, TileGraph, aliases
 
@@ -25,7 +27,10 @@ from .tape import Budget, Key, Source, Sums, Tape, TileGraph, aliases
 class Forward(NamedTuple):
     """What the forward scan leaves."""
 
-    outputs: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]
+    """One of each output."""
+    states: list[Totals]
+    """What the outputs need for the gradients of their blocks."""
     pieces: dict[Key, torch.Tensor]
     graphs: dict[Tile, TileGraph]
     """Of the tiles that need not be computed again."""
@@ -46,6 +51,8 @@ class Scan:
         self.dims = [self._dims(Value(step.local.dims)) for step in self.steps]
         self.image_dims = tuple(call.settings.names.index(axis) for axis in self.axes)
         self.outputs = self._outputs()
+        self.handed = {output.value for output in self.outputs.values()}
+        """The values of which the outputs are made."""
         self.places: dict[tuple[int, int], Placement] = {}
         self.noise: dict[int, torch.Tensor] = {}
         """For a value, the random numbers that its tiles share."""
@@ -54,14 +61,20 @@ class Scan:
     def _dims(self, value: Value) -> tuple[int, ...]:
         return tuple(value.position(axis) for axis in self.axes)
 
-    def _outputs(self) -> list[int]:
-        """The values that the graph returns, numbered as in the program."""
-        return list(dict.fromkeys(leaf.index for leaf in leaves(self.results) if isinstance(leaf, Value)))
+    def _outputs(self) -> dict[int | Total, Output]:
+        """What the graph returns, by what `_key` says of it."""
+        found = (leaf for leaf in leaves(self.results) if isinstance(leaf, (Value, Total)))
+        return {_key(leaf): self._output(leaf) for leaf in found}
 
-    def returned(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """What the graph returns, with the outputs' tensors in place of values."""
-        by_index = dict(zip(self.outputs, tensors, strict=True))
-        fill = lambda leaf: by_index[leaf.index] if isinstance(leaf, Value) else leaf  # noqa: E731
+    def _output(self, leaf: Value | Total) -> Output:
+        value = leaf.index if isinstance(leaf, Value) else leaf.operand.index
+        sizes = dict(zip(self.dims[value - 1], (axis.sizes[value] for axis in self.grid.axes), strict=True))
+        return Whole(value, sizes) if isinstance(leaf, Value) else Accumulated(value, sizes, leaf)
+
+    def returned(self, results: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What the graph returns, with the outputs' results in their places."""
+        by_key = dict(zip(self.outputs, results, strict=True))
+        fill = lambda leaf: by_key[_key(leaf)] if isinstance(leaf, (Value, Total)) else leaf  # noqa: E731
         return tuple(_as_size(tree_map(fill, result)) for result in self.results)
 
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
@@ -70,7 +83,6 @@ class Scan:
 
     def forward(self, keep: bool) -> Forward:
         """Compute the outputs and, with `keep`, have what the backward scan needs."""
-        whole: dict[int, torch.Tensor] = {}
         pieces: dict[Key, torch.Tensor] = {}
         graphs: dict[Tile, TileGraph] = {}
         expiring: dict[Tile, list[Key]] = {}
@@ -91,24 +103,32 @@ class Scan:
                         graphs[tile] = graph
                 else:
                     blocks, kept = self._tile(tile, Source(self.tensors, regions, pieces), stitch)
-                for value, block in blocks.items():
-                    self._write(whole, value, tile, block)
+                for output in self.outputs.values():
+                    if output.value in blocks:
+                        output.add(self._fresh(output.value, tile), blocks[output.value].detach())
                 for key, piece in kept.items():
                     pieces[key] = piece.detach().clone()
                     expiring.setdefault(self.grid.expiry(*key), []).append(key)
-        return Forward(tuple(whole[value] for value in self.outputs), pieces, graphs)
+            outputs = self.outputs.values()
+            return Forward(
+                tuple(output.result() for output in outputs), [output.state for output in outputs], pieces, graphs
+            )
 
     def backward(
         self,
+        states: Sequence[Totals],
         pieces: Mapping[Key, torch.Tensor],
         graphs: dict[Tile, TileGraph],
         gradients: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own.
 
-        A tile whose graph is there is not computed again; `graphs` are used up.
+        A tile whose graph is there is not computed again; `graphs` are used up. Raises StreamingError where computing
+        tiles again has lost what an output's gradient belongs to.
         """
-        given = {value: g for value, g in zip(self.outputs, gradients, strict=True) if g is not None}
+        for output, state in zip(self.outputs.values(), states, strict=True):
+            output.restore(state)
+        given = [(output, g) for output, g in zip(self.outputs.values(), gradients, strict=True) if g is not None]
         trained = [slot for slot, tensor in enumerate(self.tensors) if tensor.requires_grad]
         sums = Sums(self.tensors, pieces)
         tiles = list(self.grid.tiles())[::-1]
@@ -116,15 +136,22 @@ class Scan:
         for tile in tiles:
             graph = graphs.pop(tile) if tile in graphs else self._graph(tile, next(fetched), pieces)
             roots = [
-                (block, given[value][self._fresh(value, tile)])
-                for value, block in graph.blocks.items()
-                if value in given
+                (graph.blocks[output.value], self._root(output, tile, graph.blocks[output.value], gradient))
+                for output, gradient in given
+                if output.value in graph.blocks
             ]
             roots += [(piece, sums.owed.pop(key)) for key, piece in graph.kept.items() if key in sums.owed]
             sums.add(graph.gradients(roots, trained))
             # Nothing of this tile shall be alive while the next one is computed.
             del graph, roots
+        for output, _ in given:
+            if not output.complete():
+                raise StreamingError(_LOST.format(label(self.steps[output.value - 1].node)))
         return sums.of_tensors()
+
+    def _root(self, output: Output, tile: Tile, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The gradient that a block gets from an output."""
+        return output.gradient(self._fresh(output.value, tile), block.detach(), given)
 
     def _on_aliases(self) -> Scan:
         """The same scan for tiles whose gradients are not those of the tensors themselves."""
@@ -161,10 +188,10 @@ class Scan:
         kept: dict[Key, torch.Tensor] = {}
         for value, step in enumerate(self.steps, start=1):
             # Of several results of an operation, not all may be of use.
-            used = bool(self.readers[value]) or value in self.outputs
+            used = bool(self.readers[value]) or value in self.handed
             runs = used and self.grid.runs(value, tile)
             block = self._run(value, step, tile, waiting, source) if runs else None
-            if block is not None and value in self.outputs:
+            if block is not None and value in self.handed:
                 blocks[value] = block
             place = self._place(value, tile)
             if place.idle:
@@ -239,11 +266,16 @@ class Scan:
             self.places[key] = Placement(layout, self.dims[value - 1], len(self.steps[value - 1].local.dims))
         return self.places[key]
 
-    def _write(self, whole: dict[int, torch.Tensor], value: int, tile: Tile, block: torch.Tensor) -> None:
-        if value not in whole:
-            sizes = (axis.sizes[value] for axis in self.grid.axes)
-            whole[value] = empty_like(block, dict(zip(self.dims[value - 1], sizes, strict=True)))
-        whole[value][self._fresh(value, tile)] = block
+
+_LOST = (
+    "{}: several positions share its greatest or least value, and computing them again in the backward pass gave other "
+    "values. Way out: make the operations in front of it deterministic (torch.use_deterministic_algorithms)"
+)
+
+
+def _key(leaf: Value | Total) -> int | Total:
+    """What tells outputs apart."""
+    return leaf.index if isinstance(leaf, Value) else leaf
 
 
 def _as_size(result: Any) -> Any:

@@ -7,6 +7,7 @@ tensor that it uses, and which computes its activations again in the backward pa
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Streamed(nn.Module):
             if differentiable:
                 outputs = _StreamedFunction.apply(scan, *map(_with_node, tensors))
             else:
-                outputs = scan.forward(keep=False).outputs
+                outputs = scan.forward(keep=False).results
         returned = scan.returned(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
 
@@ -78,26 +79,28 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs, pieces, graphs = scan.forward(keep=True)
+        results, states, pieces, graphs = scan.forward(keep=True)
         ctx.call, ctx.graphs = scan.call, graphs  # not the scan, which holds tensors
         ctx.keys = list(pieces)
-        ctx.save_for_backward(*tensors, *pieces.values())
+        ctx.states = [len(state) for state in states]
+        ctx.save_for_backward(*tensors, *pieces.values(), *chain(*states))
         ctx.set_materialize_grads(False)
         constant = [
-            output
-            for value, output in zip(scan.outputs, outputs, strict=True)
-            if not scan.differentiable(value, output)
+            result
+            for output, result in zip(scan.outputs.values(), results, strict=True)
+            if not scan.differentiable(output.value, result)
         ]
         ctx.mark_non_differentiable(*constant)
-        return outputs
+        return results
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, kept = saved[: len(saved) - len(ctx.keys)], saved[len(saved) - len(ctx.keys) :]
-        pieces = dict(zip(ctx.keys, kept, strict=True))
+        saved = iter(ctx.saved_tensors)
+        tensors = list(islice(saved, len(ctx.needs_input_grad) - 1))
+        pieces = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
+        states = [tuple(islice(saved, size)) for size in ctx.states]
         with torch.no_grad():
-            found = Scan(ctx.call, aliases(tensors, _asked_for(ctx))).backward(pieces, ctx.graphs, gradients)
+            found = Scan(ctx.call, aliases(tensors, _asked_for(ctx))).backward(states, pieces, ctx.graphs, gradients)
         if torch.is_grad_enabled():
             found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
         return (None, *found)

@@ -32,6 +32,7 @@ from .registry import (
     NotLocal,
     Rule,
     Sliced,
+    Total,
     Unknown,
     functions,
     has_own_methods,
@@ -39,18 +40,26 @@ from .registry import (
     rule_for,
     rule_for_module,
 )
+from .totals import Extreme, First, Place, Reduction, Sum, Totals
 
 __all__ = [
     "Answer",
     "Dim",
+    "Extreme",
     "Fact",
+    "First",
     "Local",
     "Noise",
     "NotLocal",
+    "Place",
+    "Reduction",
     "Rule",
     "Sliced",
     "Sliding",
     "Span",
+    "Sum",
+    "Total",
+    "Totals",
     "Transposed",
     "Unknown",
 ]

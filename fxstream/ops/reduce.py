@@ -12,20 +12,30 @@ import torch
 from ..axes import Dim, Value
 from .channels import spanning
 from .pointwise import pointwise
-from .registry import Answer, Local, NotLocal, Unknown, register
+from .registry import Answer, Local, NotLocal, Total, Unknown, register
+from .totals import Extreme, Reduction, Sum
 
 
-def _reduced(input: Value, dim: Any, keepdim: Any, name: str, run: Callable[..., Any], single: bool = False) -> Answer:
+def _reduced(
+    input: Value,
+    dim: Any,
+    keepdim: Any,
+    name: str,
+    run: Callable[..., Any],
+    single: bool = False,
+    total: Callable[[tuple[int, ...]], Reduction] | None = None,
+) -> Answer:
     """A reduction over some dimensions; None and () mean all of them.
 
-    `run(block, dim, keepdim=...)` gets a tuple of dimensions, or one with `single`.
+    `run(block, dim, keepdim=...)` gets a tuple of dimensions, or one with `single`; `total` is how the same is
+    accumulated over tiles.
     """
     given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
     if not isinstance(keepdim, bool) or any(type(index) is not int for index in given):
         return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
     reduced = sorted({input.dim(index) for index in given or range(input.rank)})
     if problem := spanning(input, reduced, f"takes the {name}"):
-        return problem
+        return Total(input, total(tuple(reduced)), keepdim, problem) if total is not None else problem
     dims = [
         Dim(None, 1) if index in reduced else old
         for index, old in enumerate(input.dims)
@@ -35,7 +45,10 @@ def _reduced(input: Value, dim: Any, keepdim: Any, name: str, run: Callable[...,
     return Local((input,), tuple(dims), lambda block: run(block, over, keepdim=keepdim))
 
 
-def _register_reduction(name: str, single: bool = False, takes_dtype: bool = False) -> None:
+def _register_reduction(
+    name: str, single: bool = False, takes_dtype: bool = False, total: Callable[..., Reduction] | None = None
+) -> None:
+    """`total(dimensions, the operation on a block)`: how the operation is accumulated over tiles."""
     function = getattr(torch, name)
 
     @register(function, name)
@@ -43,13 +56,16 @@ def _register_reduction(name: str, single: bool = False, takes_dtype: bool = Fal
         if dtype is not None and not takes_dtype:
             return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
         options = {"dtype": dtype} if takes_dtype else {}
-        return _reduced(input, dim, keepdim, name, partial(function, **options), single)
+        run = partial(function, **options)
+        accumulate = None if total is None else partial(total, function=run)
+        return _reduced(input, dim, keepdim, name, run, single, accumulate)
 
 
-for _name in ("amax", "amin", "logsumexp"):
-    _register_reduction(_name)
+for _name in ("amax", "amin"):
+    _register_reduction(_name, total=lambda over, function, largest=_name == "amax": Extreme(over, largest))
 for _name in ("mean", "sum"):
-    _register_reduction(_name, takes_dtype=True)
+    _register_reduction(_name, takes_dtype=True, total=partial(Sum, mean=_name == "mean"))
+_register_reduction("logsumexp")
 _register_reduction("prod", single=True, takes_dtype=True)
 
 

@@ -2,9 +2,9 @@
 
 A rule is called as the operation is, with a `Value` for each tensor that depends on the image and everything else
 as it is (a module's rule gets the module first). It answers `Local`: the operands, the windows and how to run on
-a block (a tuple of these for an operation with several results); `Fact`: something that is known without running, such
-as a size; or `NotLocal`: why not, and the way out. Rules run once at conversion, with sizes unknown, and once at every
-call, so that nothing of a module is captured.
+a block (a tuple of these for an operation with several results); `Total`: a reduction over whole streamed axes; `Fact`:
+something that is known without running, such as a size; or `NotLocal`: why not, and the way out. Rules run once at
+conversion, with sizes unknown, and once at every call, so that nothing of a module is captured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 
 from ..axes import Deferred, Dim, NotKnownError, Value
 from ..window import IDENTITY, Window
+from .totals import Reduction
 
 Target = type | Callable[..., Any] | str
 RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
@@ -85,6 +86,18 @@ class Local:
         return self.windows.get(value.position(axis), IDENTITY)
 
 
+@dataclass(frozen=True, eq=False)
+class Total:
+    """A reduction over whole streamed axes: what reads it does not stream, but it is accumulated tile by tile."""
+
+    operand: Value
+    reduction: Reduction
+    keepdim: bool
+    """Whether the reduced dimensions stay, with size 1."""
+    problem: NotLocal
+    """Why nothing streams from here on."""
+
+
 @dataclass(frozen=True)
 class Fact:
     """Something about values that is known without running anything."""
@@ -102,7 +115,7 @@ class NotLocal:
     """The error to raise if this is found out only at a call."""
 
 
-Answer = Local | tuple[Local | Fact, ...] | Fact | NotLocal
+Answer = Local | tuple[Local | Fact, ...] | Total | Fact | NotLocal
 
 _SYNONYMS = {
     "axis": "dim",

@@ -1,0 +1,121 @@
+"""What the scan hands over: whole values, put together block by block, and totals of reductions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .carry import empty_like
+from .ops import Place, Total, Totals
+
+Rows = tuple[slice, ...]
+"""A block's place in the whole value."""
+
+
+class Output(ABC):
+    """One output of a scan, made of the blocks of one value."""
+
+    def __init__(self, value: int, sizes: Mapping[int, int]):
+        """`value`: its place in the program; `sizes` of the whole of it along its streamed dimensions."""
+        self.value = value
+        self.sizes = sizes
+
+    @abstractmethod
+    def add(self, rows: Rows, block: torch.Tensor) -> None:
+        """Take in the block of a tile."""
+
+    @abstractmethod
+    def result(self) -> torch.Tensor:
+        """The output, once all blocks are in."""
+
+    @abstractmethod
+    def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The gradient of a block, computed once more, from that of the output."""
+
+    @property
+    def state(self) -> Totals:
+        """The tensors that `gradient` needs besides."""
+        return ()
+
+    def restore(self, state: Totals) -> None:
+        """Go on with a state that another scan left."""
+        assert not state, "there is none"
+
+    def complete(self) -> bool:
+        """Whether, when `gradient` has been asked for all blocks, each position has got its share."""
+        return True
+
+
+class Whole(Output):
+    """The value itself."""
+
+    def __init__(self, value: int, sizes: Mapping[int, int]):
+        super().__init__(value, sizes)
+        self._whole: torch.Tensor | None = None
+
+    def add(self, rows: Rows, block: torch.Tensor) -> None:
+        if self._whole is None:
+            self._whole = empty_like(block, self.sizes)
+        self._whole[rows] = block
+
+    def result(self) -> torch.Tensor:
+        assert self._whole is not None, "there is a tile"
+        return self._whole
+
+    def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        return given[rows]
+
+
+class Accumulated(Output):
+    """The total of a reduction."""
+
+    def __init__(self, value: int, sizes: Mapping[int, int], total: Total):
+        super().__init__(value, sizes)
+        self._reduction, self._keepdim = total.reduction, total.keepdim
+        self._over = total.reduction.over
+        self._totals: Totals = ()
+        self._finished: Callable[[], torch.Tensor]
+
+    def add(self, rows: Rows, block: torch.Tensor) -> None:
+        place = self._place(rows, block)
+        if not self._totals:
+            shape = [1 if dim in self._over else size for dim, size in enumerate(place.sizes)]
+            self._totals = self._reduction.empty(block, shape)
+            dtype = self._reduction.dtype(block)
+            self._finished = lambda: self._reduction.result(self._totals, place.sizes).to(dtype, copy=True)
+        self._reduction.add(self._part(rows), block, place)
+
+    def result(self) -> torch.Tensor:
+        result = self._finished()
+        return result if self._keepdim else result.squeeze(self._over)
+
+    def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        for dim in () if self._keepdim else self._over:
+            given = given.unsqueeze(dim)
+        place = self._place(rows, block)
+        return self._reduction.gradient(self._part(rows), block, place, given[self._kept(rows)])
+
+    @property
+    def state(self) -> Totals:
+        return self._totals
+
+    def restore(self, state: Totals) -> None:
+        # Copies: there may be another backward pass.
+        self._totals = tuple(total.clone() for total in state)
+
+    def complete(self) -> bool:
+        return self._reduction.complete(self._totals)
+
+    def _place(self, rows: Rows, block: torch.Tensor) -> Place:
+        sizes = (self.sizes.get(dim, size) for dim, size in enumerate(block.shape))
+        return Place(tuple(kept.start or 0 for kept in rows), tuple(sizes))
+
+    def _part(self, rows: Rows) -> Totals:
+        """The totals to which a block belongs: all, but along a streamed axis that stays."""
+        kept = self._kept(rows)
+        return tuple(total[kept] for total in self._totals)
+
+    def _kept(self, rows: Rows) -> Rows:
+        return tuple(slice(None) if dim in self._over else kept for dim, kept in enumerate(rows))
