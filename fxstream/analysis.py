@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -96,7 +96,10 @@ class Finding:
     @property
     def reason(self) -> str:
         """Where streaming stops, why, and the way out; empty elsewhere."""
-        return complaint(self.node, self.problem) if self.problem is not None else ""
+        if self.problem is None:
+            return ""
+        further = ", and is accumulated tile by tile" if self.status == "total" else ""
+        return complaint(self.node, replace(self.problem, reason=self.problem.reason + further))
 
 
 class Analysis:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -84,12 +84,16 @@ class Accumulated(Output):
             shape = [1 if dim in self._over else size for dim, size in enumerate(place.sizes)]
             self._totals = self._reduction.empty(block, shape)
             dtype = self._reduction.dtype(block)
-            self._finished = lambda: self._reduction.result(self._totals, place.sizes).to(dtype, copy=True)
+            self._finished = lambda: self._finish(place.sizes, dtype)
         self._reduction.add(self._part(rows), block, place)
 
     def result(self) -> torch.Tensor:
-        result = self._finished()
-        return result if self._keepdim else result.squeeze(self._over)
+        return self._finished()
+
+    def _finish(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        result = self._reduction.result(self._totals, sizes)
+        # A copy: whoever overwrites it shall not change a total.
+        return (result if self._keepdim else result.squeeze(self._over)).to(dtype, copy=True)
 
     def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         for dim in () if self._keepdim else self._over:

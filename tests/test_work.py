@@ -103,6 +103,15 @@ def test_the_largest_tensor_depends_on_the_tile_and_not_on_the_image(image_grad:
     assert 3 * sizes[512] < wider < 5 * sizes[512]
 
 
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
+def test_what_is_pooled_globally_is_never_put_together(pool: type[nn.Module]) -> None:
+    """A wide value in front of the pooling would otherwise be the largest tensor by far."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), pool(1), nn.Flatten())
+    converted = fxstream.convert(model, 32)
+    sizes = {size: largest_allocation(converted, size, image_grad=True) for size in (64, 384)}
+    assert sizes[384] == sizes[64]
+
+
 def saved_bytes(function: Callable[[], torch.Tensor]) -> int:
     """Bytes that autograd saves in a forward, each storage once, beyond what is alive anyway."""
     saved: dict[int, int] = {}
