@@ -11,15 +11,12 @@ import platform
 import resource
 import sys
 import time
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from cases import MODELS, Case
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from ways import WAYS, Conventional
 
@@ -111,6 +108,8 @@ def _status(key: str) -> int:
 
 def counted(case: Case) -> dict[str, int | None]:
     """FLOPs of a step; bytes of live tensors: at most, and between forward and backward, the image aside."""
+    from fxstream.live import LiveBytes  # not where time and memory are measured
+
     way = build(case)
     held = None
     with LiveBytes() as live:
@@ -127,40 +126,6 @@ def counted(case: Case) -> dict[str, int | None]:
     with FlopCounterMode(display=False) as flops:
         run(way, image, case.mode)
     return {"flops": int(flops.get_total_flops()), "live_bytes": live.peak, "held_bytes": held}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations make; what an operation needs inside, such as a workspace, is not seen.
-
-    Hooks on what autograd saves would miss what is kept elsewhere, as checkpoint's inputs are.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if id(storage) not in given | self.known:
-                self._add(storage)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(id(storage))
-        self.now += storage.nbytes()
-        weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
-
-    def _remove(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.now -= nbytes
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def compared(case: Case) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 import torch
@@ -31,6 +31,9 @@ from .memory import Memory
 from .ops import Answer, Fact, Local, NotLocal, Total, Unknown
 from .trace import Trace
 from .window import IDENTITY, Window
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
 
 Status = Literal["image", "constant", "size", "local", "total", "stop", "head"]
 
@@ -122,6 +125,7 @@ class Analysis:
         self.image = image
         self.names = names
         self.axes = axes
+        self.freeze = freeze
         self.findings = _find(trace, image, names, axes, freeze)
         self.outputs = _outputs(self.findings)
         self.graph = _graph(self.findings, axes)
@@ -155,6 +159,27 @@ class Analysis:
         name = node.name if isinstance(node, fx.Node) else node
         found: dict[str, ReceptiveField] | None = self.graph.nodes[name]["receptive_field"]
         return found
+
+    def estimate(self, image_shape: Sequence[int], tile_shape: int | Sequence[int | None]) -> Estimate:
+        """Predict what a step of the converted model takes, without running anything: on the meta device.
+
+        The step is forward and backward of the whole model, no gradient for the image; where gradients are disabled,
+        or nothing requires one, it is the forward alone. Peak bytes are those of tensors, over the loaded model.
+
+        Args:
+            image_shape: (N, C, *spatial).
+            tile_shape: as `fxstream.convert` takes it.
+
+        Returns:
+            An `Estimate`: number of tiles, FLOPs, bytes carried between forward and backward, peak bytes.
+
+        Raises:
+            As `fxstream.convert`, and as the converted model where it is called with such an image. TypeError, if the
+            model needs further arguments.
+        """
+        from .estimate import estimate
+
+        return estimate(self, image_shape, tile_shape)
 
     def __str__(self) -> str:
         from .report import table

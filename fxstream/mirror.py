@@ -1,10 +1,11 @@
-"""Shallow copies of module trees: modules of their own, with the same Parameters and buffer tensors."""
+"""Shallow copies of module trees: modules of their own, with the same Parameters and buffer tensors, or with none."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -22,6 +23,28 @@ def mirror(module: Module, memo: dict[int, nn.Module]) -> Module:
         vars(twin).update({name: value for name, value in vars(module).items() if name not in _BOUND})
         mirror_registries(twin, module, memo)
     return memo[id(module)]  # type: ignore[return-value]  # the memo holds modules of all types
+
+
+def on_meta(module: Module) -> Module:
+    """A shallow copy of a module tree whose tensors are on the meta device: with their shapes, and without memory."""
+    twins: dict[int, torch.Tensor] = {}
+    memo: dict[int, nn.Module] = {}
+    copied = mirror(module, memo)
+    for twin in memo.values():
+        registries: list[dict[str, Any]] = [twin._parameters, twin._buffers, vars(twin)]
+        for registry in registries:
+            for name, value in registry.items():
+                if isinstance(value, torch.Tensor):
+                    registry[name] = twins.setdefault(id(value), tensor_on_meta(value))
+    return copied
+
+
+def tensor_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """The same without memory, as a leaf."""
+    twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, tensor.requires_grad)
+    return twin.requires_grad_(tensor.requires_grad)
 
 
 def mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Module]) -> None:

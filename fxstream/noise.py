@@ -39,6 +39,8 @@ def draw(
 
     `function` is torch.rand or torch.randn; `number` is that of what they are for.
     """
-    generator = torch.Generator(like.device).manual_seed((seed + number * _SPREAD) % _SEEDS)
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    if like.is_meta:  # where numbers have no values
+        return function(sizes, device=like.device, dtype=dtype)
+    generator = torch.Generator(like.device).manual_seed((seed + number * _SPREAD) % _SEEDS)
     return function(sizes, generator=generator, device=like.device, dtype=dtype)

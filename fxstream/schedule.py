@@ -15,10 +15,11 @@ of those that no axis before `d` carries. So a position is stored once, however 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
+from math import prod
 from typing import NamedTuple
 
 from .window import Span, Window
@@ -28,6 +29,10 @@ Program = tuple[Edges, ...]
 Range = tuple[int, int]
 Tile = tuple[int, ...]
 Index = tuple[slice, ...]
+
+
+THIN = 16
+"""A value thinner than this part of a tile does not advance at every step."""
 
 
 class SizeError(ValueError):
@@ -48,9 +53,12 @@ class Past(NamedTuple):
     dst: Range
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AxisStep:
-    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block."""
+    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block.
+
+    Most steps are alike; `_alike` makes those that are one object, so that layouts are found by identity.
+    """
 
     extent: int
     """Rows of the region."""
@@ -137,22 +145,45 @@ def _sizes(program: Program, size: int) -> list[int]:
 
 
 def _frontier(program: Program, sizes: list[int], tile: int) -> list[list[int]]:
-    """Let every value advance as far as its inputs allow, but not all of a long lag at once."""
+    """Let every value advance as far as its inputs allow, but neither in thin steps nor all of a long lag at once."""
     count = -(-sizes[0] // tile)
     # Equal steps: a thin last tile costs nearly as much time as a whole one.
     image = [-(-sizes[0] * step // count) for step in range(1, count + 1)]
-    # Half a step more than the image's own: a short lag then ends with the last step instead of taking another.
-    most = [max(1, -(-3 * size // (2 * count))) for size in sizes]
+    paces = [_pace(size, count, tile) for size in sizes]
     frontier = [[0] for _ in program]
     while any(rows[-1] < size for rows, size in zip(frontier, sizes, strict=True)):
         for value, edges in enumerate(program):
             rows = frontier[value]
             if edges:
                 ready = min(window.ready(frontier[producer][-1], sizes[producer]) for producer, window in edges)
-                rows.append(max(rows[-1], min(ready, rows[-1] + most[value])))
+                rows.append(paces[value].advance(rows[-1], ready, sizes[value]))
             else:
                 rows.append(image[min(len(rows), count) - 1])
     return frontier
+
+
+class _Pace(NamedTuple):
+    """By how many rows a value advances in a step, if it does."""
+
+    least: int
+    most: int
+
+    def advance(self, done: int, ready: int, size: int) -> int:
+        """How far a value of `size` rows, `done` of which are computed, advances when it could advance to `ready`."""
+        reach = max(done, min(ready, done + self.most))
+        return reach if ready == size or reach - done >= self.least else done
+
+
+def _pace(size: int, count: int, tile: int) -> _Pace:
+    """The pace of a value of `size` rows.
+
+    Values far smaller than the image rest for some steps and then do the rows of all of them: a step has a price of its
+    own, that of reading an operation's weights and writing their gradients, whose share would be large.
+    """
+    rests = max(1, tile * count // (THIN * size))
+    natural = -(-size * rests // count)
+    # Half a step more than that: a short lag then ends with the last step instead of taking another.
+    return _Pace(-(-3 * natural // 4) if rests > 1 else 1, -(-3 * natural // 2))
 
 
 def _tail(program: Program, sizes: list[int], frontier: list[list[int]]) -> list[list[int]]:
@@ -184,13 +215,11 @@ def _axis_step(frontier: list[int], tail: list[int], step: int, reads: list[Span
             skip = max(tail[before + 1], frontier[before]) - frontier[before]
             src = (first - frontier[before], last - frontier[before])
             past.append(Past(step - before, src, skip, (first - origin, last - origin)))
-    return AxisStep(
-        extent=stop - origin,
-        fresh=stop - start,
-        passing=max(tail[step + 1], start) - start,
-        past=tuple(past),
-        reads=tuple(None if span is None else (span.lo - origin, span.hi - origin) for span in reads),
-    )
+    taken = tuple(None if span is None else (span.lo - origin, span.hi - origin) for span in reads)
+    return _alike(stop - origin, stop - start, max(tail[step + 1], start) - start, tuple(past), taken)
+
+
+_alike = lru_cache(maxsize=65536)(AxisStep)
 
 
 @dataclass(frozen=True)
@@ -254,6 +283,31 @@ class Grid:
     def expiry(self, value: int, tile: Tile, piece: int) -> Tile:
         """The beginning of the index of the last tiles that may read a piece of `tile`."""
         return (*tile[:piece], max(tile[piece], self.axes[piece].last[value][tile[piece]]))
+
+    def carried(self, value: int) -> int:
+        """Positions of `value` in all pieces together, along streamed axes: all but those that no axis carries."""
+        sizes = [axis.sizes[value] for axis in self.axes]
+        passing = [sum(step.passing for step in axis.steps[value]) for axis in self.axes]
+        return prod(sizes) - prod(passing)
+
+    def in_flight(self, weights: Mapping[int, int]) -> int:
+        """Positions that earlier tiles leave to later ones, at most at a time; each counts by its value's weight.
+
+        That is the carry of a band along the first axis, of a tile's width along the last.
+        """
+        total = 0
+        for depth, axis in enumerate(self.axes):
+            across = {
+                value: weight
+                * prod(max(step.passing for step in outer.steps[value]) for outer in self.axes[:depth])
+                * prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
+                for value, weight in weights.items()
+            }
+            total += max(
+                sum(rows * (axis.frontier[value][step] - axis.tail[value][step]) for value, rows in across.items())
+                for step in range(axis.count)
+            )
+        return total
 
     def layout(self, value: int, tile: Tile) -> Layout:
         return _layout(tuple(axis.steps[value][step] for axis, step in zip(self.axes, tile, strict=True)))

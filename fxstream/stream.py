@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .call import prepare
+from .call import Call, prepare
 from .checks import check_attributes, check_hooks, check_image, check_modes, check_whole
 from .errors import DoubleBackwardError
 from .noise import restored_on_failure
@@ -43,16 +43,7 @@ class Streamed(nn.Module):
     # As torch.compiler.disable, which would import torch._dynamo at once.
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch itself uses it so
     def forward(self, image: torch.Tensor, *inputs: Any) -> Any:
-        (owner,) = self._owner
-        called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
-        modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
-        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        check_image(image, self.settings)
-        check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
-        check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
-        check_modes(owner, self.settings.guards)
-        check_attributes(owner, self.settings.attributes)
-        call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
+        call, tensors = self.prepare(image, *inputs)
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         scan = Scan(call, tensors)
         with restored_on_failure() if scan.random else nullcontext():
@@ -62,6 +53,19 @@ class Streamed(nn.Module):
                 outputs = scan.forward(keep=False).results
         returned = scan.returned(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
+
+    def prepare(self, image: torch.Tensor, *inputs: Any) -> tuple[Call, list[torch.Tensor]]:
+        """The call that `forward` makes, and its tensors. Raises what it raises."""
+        (owner,) = self._owner
+        called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
+        names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        check_image(image, self.settings)
+        check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
+        check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
+        check_modes(owner, self.settings.guards)
+        check_attributes(owner, self.settings.attributes)
+        return prepare(self.graph, self.settings, modules, image, inputs)
 
     def extra_repr(self) -> str:
         return f"tile_shape={self.settings.tile_shape}"

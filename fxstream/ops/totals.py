@@ -161,7 +161,7 @@ class Extreme(Reduction):
 
     def complete(self, totals: Totals) -> bool:
         _, _, count, met = totals
-        return torch.equal(count, met)
+        return count.is_meta or torch.equal(count, met)
 
 
 def _worst(dtype: torch.dtype, largest: bool) -> float | int | bool:
