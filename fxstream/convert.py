@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import fx, nn
@@ -13,7 +14,7 @@ from .checks import is_sharded
 from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
 from .lower import spatial_axes
 from .partition import partition
-from .settings import Settings, parse, parse_bytes
+from .settings import AUTO, Settings, parse, parse_bytes
 from .stream import Streamed
 from .trace import Trace, trace
 from .tree import Converted
@@ -21,7 +22,7 @@ from .tree import Converted
 
 def convert(
     model: nn.Module,
-    tile_shape: int | tuple[int | None, ...] | list[int | None],
+    tile_shape: int | tuple[int | None, ...] | list[int | None] | Literal["auto"],
     *,
     freeze_batchnorm: bool = False,
     memory_budget: int | str | None = None,
@@ -42,12 +43,14 @@ def convert(
             from earlier tiles: one size for all spatial axes, one a spatial axis, `(H, W)`, or one a dimension,
             `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time; C must be the image's
             number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works; axes are
-            cut into equal steps of at most that size.
+            cut into equal steps of at most that size. "auto": along all spatial axes, every call chooses the largest
+            tiles that leave half of the memory budget to keep graphs in.
         freeze_batchnorm: streamed batch norms use their running statistics, and go on doing so whatever mode the model
             is put in. Their affine parameters still train.
         memory_budget: bytes, as a number or as text such as "4GiB" or "500 MB", that may be held between forward and
             backward, beyond carries and outputs, so that as many tiles as fit are not computed again: with enough of it
-            for all of them, a training step costs what a conventional one costs. None: every tile is.
+            for all of them, a training step costs what a conventional one costs. None: every tile is. With
+            tile_shape="auto", carries and the tile being computed count, too.
         image: the name of the argument of `model.forward` that is streamed; the first by default.
         example_input: an image, needed only if no operation tells the number of spatial axes.
 
@@ -60,8 +63,8 @@ def convert(
         TraceError: torch.fx cannot trace the model.
         WrappedModelError, ShardedError: `model` is converted already; or it has been given to torch.compile,
             DistributedDataParallel or fully_shard, which are for the converted model.
-        TileShapeError: `tile_shape` has a wrong form or a size that is not positive.
-        MemoryBudgetError: `memory_budget` is no number of bytes.
+        TileShapeError: `tile_shape` has a wrong form or a size that is not positive, or is "auto" without a budget.
+        MemoryBudgetError: `memory_budget` is no number of bytes; at a call, with "auto": no tiles fit it.
         NothingToStreamError: the first operations are not local.
         StreamingError: the base class of these and of everything that the converted model raises at a call: InputError
             (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm in training
@@ -77,6 +80,7 @@ def convert(
     _check_names(model)
     analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
     settings = replace(settings, memory_budget=parse_bytes(memory_budget))
+    settings.check()
     if not analysis.prefix:
         raise NothingToStreamError(_nothing(analysis))
     _warn_if_short(analysis)
@@ -127,7 +131,7 @@ def plan(
     """What `convert` is going to do."""
     traced = trace(model, {}, freeze_batchnorm)
     names = image_names(traced, example_input)
-    settings = Settings(names, parse(tile_shape, names), freeze_batchnorm)
+    settings = Settings(names, parse(tile_shape, names), freeze_batchnorm, auto=tile_shape == AUTO)
     analysis = _analysis(traced, names, settings.axes, freeze_batchnorm, image)
     traced = analysis.trace
     return analysis, replace(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -15,18 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .analysis import Analysis
-from .call import Call
 from .convert import convert
-from .errors import StreamingError, StreamingWarning
+from .errors import StreamingWarning
+from .footprint import working_set
 from .live import LiveBytes
 from .mirror import on_meta, tensor_on_meta
 from .scan import Scan
-from .schedule import Grid
 from .stream import Streamed
-from .tape import aliases
-
-STEPS = 4
-"""A part of the image with so many steps along each axis shows what a tile needs."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +40,6 @@ class Estimate:
             f"{self.tiles} tiles, {self.flops / 1e12:.3g} TFLOP, {self.carried_bytes / 2**20:.0f} MiB carried, "
             f"{self.peak_bytes / 2**20:.0f} MiB at most"
         )
-
-
-class WorkingSet(NamedTuple):
-    """Bytes that a streamed call needs beyond the image, the outputs and the model."""
-
-    carried: int
-    """Kept between forward and backward; without gradients, at most at a time."""
-    owed: int
-    """Gradients of what is carried, at most at a time."""
-    tile: int
-    """What the largest tile makes, and the sums of the parameters' gradients."""
 
 
 def estimate(analysis: Analysis, image_shape: Sequence[int], tile_shape: object) -> Estimate:
@@ -117,66 +99,3 @@ class _Given(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.outputs
-
-
-def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
-    """What a call takes whose tensors are on the meta device; for training, if one of them requires a gradient."""
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    call = replace(call, settings=replace(call.settings, memory_budget=0))
-    try:
-        sample = _Sample(*_part(call, tensors), trains)
-    except StreamingError:
-        # Not every size suits every model.
-        sample = _Sample(call, tensors, trains)
-    grid = Scan(call, tensors).grid
-    return WorkingSet(sample.carried(grid), sample.owed(grid), sample.tile)
-
-
-def _part(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
-    """A call on a part of the image with the same tiles."""
-    shape, tiles = list(call.shape), list(call.settings.tile_shape)
-    for axis, tile in call.settings.tiles.items():
-        dim = call.settings.names.index(axis)
-        step = -(-shape[dim] // -(-shape[dim] // tile))
-        shape[dim], tiles[dim] = min(shape[dim], STEPS * step), step
-    image, *others = tensors
-    part = image.new_empty(shape).requires_grad_(image.requires_grad)
-    return replace(call, shape=tuple(shape), settings=replace(call.settings, tile_shape=tuple(tiles))), [part, *others]
-
-
-class _Sample:
-    """A call, made on the meta device."""
-
-    def __init__(self, call: Call, tensors: Sequence[torch.Tensor], trains: bool):
-        self.trains = trains
-        self.scan = scan = Scan(call, tensors)
-        with nullcontext() if trains else LiveBytes() as live:
-            results, states, pieces, _ = scan.forward(keep=trains)
-        self.dtypes = {value: piece.dtype for (value, _, _), piece in pieces.items()}
-        if trains:
-            gradients = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
-            with LiveBytes() as live, torch.no_grad():
-                Scan(call, aliases(tensors, [one.requires_grad for one in tensors])).backward(
-                    states, pieces, {}, gradients
-                )
-            self.tile = live.peak - self.owed(scan.grid)
-        else:
-            self.tile = live.peak - self.carried(scan.grid) - sum(result.nbytes for result in results)
-
-    def carried(self, grid: Grid) -> int:
-        """Bytes of all pieces; without gradients, of those that are alive at a time."""
-        sizes = {value: self._bytes(value) for value in range(1, len(self.scan.steps) + 1)}
-        if not self.trains:
-            return grid.in_flight(sizes)
-        return sum(size * grid.carried(value) for value, size in sizes.items())
-
-    def owed(self, grid: Grid) -> int:
-        """Bytes of the gradients of pieces that are alive at a time."""
-        trained = [value for value, step in enumerate(self.scan.steps, start=1) if self.trains and step.differentiable]
-        return grid.in_flight({value: self._bytes(value) for value in trained})
-
-    def _bytes(self, value: int) -> int:
-        """Of one position along the streamed axes."""
-        dims = self.scan.steps[value - 1].local.dims
-        dtype = self.dtypes.get(value, self.scan.tensors[0].dtype)
-        return dtype.itemsize * prod(int(dim.size) for dim in dims if dim.tag is None)

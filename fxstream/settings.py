@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from .errors import MemoryBudgetError, TileShapeError
 
 TileShape = tuple[int | None, ...]
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class Settings:
     """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
     freeze_batchnorm: bool
     memory_budget: int = 0
-    """Bytes that may be held between forward and backward so that fewer tiles are computed again."""
+    """Bytes that may be held between forward and backward so that fewer tiles are computed again; with `auto`, that
+    everything but image and outputs may take."""
+    auto: bool = False
+    """Whether every call chooses its tiles; `tile_shape` then only says which axes are streamed."""
     guards: Mapping[str, bool] = field(default_factory=dict)
     """Path of a module -> the training flag that the traced control flow relies on."""
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -41,9 +46,18 @@ class Settings:
         """The streamed axes."""
         return tuple(self.tiles)
 
+    def check(self) -> None:
+        """Raises TileShapeError if there is nothing to choose tiles by."""
+        if self.auto and not self.memory_budget:
+            raise TileShapeError(
+                'tile_shape="auto" fits tiles to a memory budget, and there is none. Way out: memory_budget="4GiB" '
+                "or what else they may take"
+            )
+
     def retiled(self, tile_shape: object) -> Settings:
         """The same with tiles of another size. Raises TileShapeError, also if other axes would be streamed."""
-        changed = replace(self, tile_shape=parse(tile_shape, self.names))
+        changed = replace(self, tile_shape=parse(tile_shape, self.names), auto=tile_shape == AUTO)
+        changed.check()
         if changed.axes != self.axes:
             raise TileShapeError(
                 f"tile_shape={tile_shape!r} streams along {', '.join(changed.axes)}, and the model was converted to "
@@ -55,7 +69,9 @@ class Settings:
 def parse(tile_shape: object, names: tuple[str, ...]) -> TileShape:
     """One size a dimension, (N, C, *spatial), from any form of `tile_shape`. Raises TileShapeError."""
     spatial = len(names) - 2
-    forms = f"a size, ({', '.join(names[2:])}) or ({', '.join(names)})"
+    if tile_shape == AUTO:
+        return (None, None, *(sys.maxsize,) * spatial)
+    forms = f'"auto", a size, ({", ".join(names[2:])}) or ({", ".join(names)})'
     if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
         sizes: TileShape = (None, None, *(tile_shape,) * spatial)
     elif not isinstance(tile_shape, (tuple, list)):

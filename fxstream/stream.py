@@ -7,6 +7,7 @@ tensor that it uses, and which computes its activations again in the backward pa
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import fx, nn
 from .call import Call, prepare
 from .checks import check_attributes, check_hooks, check_image, check_modes, check_whole
 from .errors import DoubleBackwardError
+from .fit import fitted
 from .noise import restored_on_failure
 from .scan import Scan
 from .serialize import dump_graph, load_graph
@@ -35,6 +37,7 @@ class Streamed(nn.Module):
         self.graph = graph
         self.settings = settings
         self._owner: tuple[nn.Module, ...] = ()
+        self._fits: dict[str, Settings] = {}
 
     def bind(self, owner: nn.Module) -> None:
         """Use the modules of `owner`, which is kept in a tuple to stay unregistered."""
@@ -65,10 +68,19 @@ class Streamed(nn.Module):
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
         check_modes(owner, self.settings.guards)
         check_attributes(owner, self.settings.attributes)
-        return prepare(self.graph, self.settings, modules, image, inputs)
+        call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
+        return (replace(call, settings=self._fitted(call, tensors)) if self.settings.auto else call), tensors
+
+    def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Settings:
+        """Found once for all calls that are alike in what matters to memory."""
+        trained = torch.is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
+        key = repr((call.shape, [tensor.dtype for tensor in tensors], trained, call.autocast, self.settings))
+        if key not in self._fits:
+            self._fits[key] = fitted(call, tensors)
+        return self._fits[key]
 
     def extra_repr(self) -> str:
-        return f"tile_shape={self.settings.tile_shape}"
+        return "tile_shape=auto" if self.settings.auto else f"tile_shape={self.settings.tile_shape}"
 
     def __getstate__(self) -> dict[str, Any]:
         # The owner binds itself again.

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from .mirror import mirror_registries
 from .serialize import dump_graph, load_graph
-from .settings import parse_bytes
+from .settings import AUTO, parse_bytes
 from .stream import Streamed
 
 
@@ -43,15 +43,16 @@ class Converted(fx.GraphModule):
         return found
 
     @property
-    def tile_shape(self) -> tuple[int | None, ...]:
-        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed.
+    def tile_shape(self) -> tuple[int | None, ...] | str:
+        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed. Or "auto".
 
         May be set to any form that `convert` takes, as long as the same axes are streamed: TileShapeError otherwise.
         """
-        return self._streamed.settings.tile_shape
+        settings = self._streamed.settings
+        return AUTO if settings.auto else settings.tile_shape
 
     @tile_shape.setter
-    def tile_shape(self, tile_shape: int | tuple[int | None, ...] | list[int | None]) -> None:
+    def tile_shape(self, tile_shape: int | tuple[int | None, ...] | list[int | None] | str) -> None:
         self._streamed.settings = self._streamed.settings.retiled(tile_shape)
 
     @property
@@ -62,6 +63,7 @@ class Converted(fx.GraphModule):
     @memory_budget.setter
     def memory_budget(self, memory_budget: int | str | None) -> None:
         settings = replace(self._streamed.settings, memory_budget=parse_bytes(memory_budget))
+        settings.check()
         self._streamed.settings = settings
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:

@@ -180,7 +180,7 @@ def _transformer(m: Any, h: torch.Tensor) -> torch.Tensor:
 
 # What couples, what the head gets, and the reason.
 COUPLES: dict[str, tuple[Couple, list[str], str]] = {
-    "mean": (lambda m, h: h.mean(0), ["encoder_3"], "takes the mean along the streamed N"),
+    "mean": (lambda m, h: h.mean(0), ["mean"], "takes the mean along the streamed N"),
     "max": (lambda m, h: h.max(0).values, ["encoder_3"], "takes the max along the streamed N"),
     "bags": (lambda m, h: h.view(4, -1, 8).mean(1), ["encoder_3"], "splits, merges or moves a streamed axis (N)"),
     "transformer": (_transformer, ["unsqueeze"], "attends"),

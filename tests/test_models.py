@@ -36,22 +36,22 @@ FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
     ("vgg11", (1, 65, 97), 64, "features_20"),
     ("vgg16", (1, 67, 33), 32, "features_30"),
     ("vgg13_bn", (1, 97, 33), (None, 32), "features_34"),
-    ("squeezenet1_0", (3, 101, 67), 32, "classifier_2"),
-    ("squeezenet1_1", (1, 129, 64), 128, "classifier_2"),
-    ("resnet18", (3, 131, 97), 32, "layer4_1_relu_1"),
-    ("resnet18", (1, 257, 163), 256, "layer4_1_relu_1"),
-    ("resnet18", (1, 211, 300), 512, "layer4_1_relu_1"),
-    ("resnet34", (1, 127, 33), (32, None), "layer4_2_relu_1"),
-    ("resnet50", (1, 65, 131), 64, "layer4_2_relu_2"),
-    ("resnext50_32x4d", (1, 97, 61), 48, "layer4_2_relu_2"),
-    ("wide_resnet50_2", (1, 61, 37), 32, "layer4_2_relu_2"),
-    ("densenet121", (1, 97, 71), 64, "relu"),
-    ("densenet169", (1, 67, 65), (32, 64), "relu"),
-    ("mobilenet_v2", (3, 103, 65), (3, 3, 64, 32), "features_18_2"),
-    ("mnasnet0_5", (3, 97, 131), (1, None, 32, 64), "layers_16"),
-    ("mnasnet1_0", (1, 67, 97), 33, "layers_16"),
-    ("regnet_x_400mf", (2, 131, 71), (2, 3, 64, None), "trunk_output_block4_block4_11_activation"),
-    ("regnet_x_800mf", (1, 65, 64), 64, "trunk_output_block4_block4_4_activation"),
+    ("squeezenet1_0", (3, 101, 67), 32, "classifier_3"),
+    ("squeezenet1_1", (1, 129, 64), 128, "classifier_3"),
+    ("resnet18", (3, 131, 97), 32, "avgpool"),
+    ("resnet18", (1, 257, 163), 256, "avgpool"),
+    ("resnet18", (1, 211, 300), 512, "avgpool"),
+    ("resnet34", (1, 127, 33), (32, None), "avgpool"),
+    ("resnet50", (1, 65, 131), 64, "avgpool"),
+    ("resnext50_32x4d", (1, 97, 61), 48, "avgpool"),
+    ("wide_resnet50_2", (1, 61, 37), 32, "avgpool"),
+    ("densenet121", (1, 97, 71), 64, "adaptive_avg_pool2d"),
+    ("densenet169", (1, 67, 65), (32, 64), "adaptive_avg_pool2d"),
+    ("mobilenet_v2", (3, 103, 65), (3, 3, 64, 32), "adaptive_avg_pool2d"),
+    ("mnasnet0_5", (3, 97, 131), (1, None, 32, 64), "mean"),
+    ("mnasnet1_0", (1, 67, 97), 33, "mean"),
+    ("regnet_x_400mf", (2, 131, 71), (2, 3, 64, None), "avgpool"),
+    ("regnet_x_800mf", (1, 65, 64), 64, "avgpool"),
 ]
 
 
@@ -136,16 +136,16 @@ REDUCED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any, str | li
     "swin": (_swin, (2, 37, 41), (None, 15), ["features_0_2", "features_1_0_norm1"], False),
     "swin_v2": (_swin_v2, (1, 43, 37), 7, "features_0_2", False),
     "vit": (_vit, (2, 48, 48), 20, "conv_proj", False),
-    "r3d": (lambda: _video(video_resnet.Conv3DSimple), (1, 5, 37, 41), (3, 24, 24), "layer4", False),
+    "r3d": (lambda: _video(video_resnet.Conv3DSimple), (1, 5, 37, 41), (3, 24, 24), "avgpool", False),
     "mc3": (
         lambda: _video(video_resnet.Conv3DSimple, video_resnet.Conv3DNoTemporal),
-        (2, 7, 33, 29), (3, 17, None), "layer4", False,
+        (2, 7, 33, 29), (3, 17, None), "avgpool", False,
     ),
     "r2plus1d": (
         lambda: _video(video_resnet.Conv2Plus1D, stem=video_resnet.R2Plus1dStem),
-        (1, 5, 37, 41), (None, 24, 24), "layer4", False,
+        (1, 5, 37, 41), (None, 24, 24), "avgpool", False,
     ),
-    "s3d": (_s3d, (1, 13, 33, 65), (8, 40, 40), "classifier_1", False),
+    "s3d": (_s3d, (1, 13, 33, 65), (8, 40, 40), "mean", False),
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_reduced_family(name: str) -> None:
 @pytest.mark.parametrize("transform_input", [False, True])
 @pytest.mark.parametrize("aux_logits", [False, True])
 @pytest.mark.parametrize(
-    ("name", "size", "last"), [("googlenet", (65, 97), "cat_8"), ("inception_v3", (101, 83), "cat_14")]
+    ("name", "size", "last"), [("googlenet", (65, 97), "avgpool"), ("inception_v3", (101, 83), "avgpool")]
 )
 def test_inception(name: str, size: tuple[int, int], last: str, aux_logits: bool, transform_input: bool) -> None:
     model = build(name, init_weights=False, aux_logits=aux_logits, transform_input=transform_input)
@@ -172,7 +172,7 @@ def test_inception(name: str, size: tuple[int, int], last: str, aux_logits: bool
 
 def test_batch_norms_are_frozen_in_a_model_in_training_mode() -> None:
     model = build("resnet18").train()
-    assert_exact(model, (2, 3, 67, 65), 32, last="layer4_1_relu_1", freeze_batchnorm=True)
+    assert_exact(model, (2, 3, 67, 65), 32, last="avgpool", freeze_batchnorm=True)
 
 
 def test_frozen_batch_norm_of_torchvision() -> None:
@@ -181,12 +181,12 @@ def test_frozen_batch_norm_of_torchvision() -> None:
         if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
             for name, buffer in module.named_buffers():
                 torch.nn.init.uniform_(buffer, 0.5, 1.5 if name == "running_var" else 1.2)
-    assert_exact(model, (1, 3, 97, 131), 64, last="layer4_1_relu_1")
+    assert_exact(model, (1, 3, 97, 131), 64, last="avgpool")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (7, 200)])
 def test_images_of_a_row_or_a_pixel(size: tuple[int, int]) -> None:
-    assert_exact(build("resnet18"), (1, 3, *size), 32, last="layer4_1_relu_1")
+    assert_exact(build("resnet18"), (1, 3, *size), 32, last="avgpool")
 
 
 @pytest.mark.parametrize("tile", [1, (3, 5), (1, 1000), (1, None, None, None), (2, None, 16, None)])
@@ -360,7 +360,7 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
     "deeplab": (
         # Its image pooling spans the image; the other branches and the auxiliary head do not.
         lambda: _deeplabv3_resnet(_dilated_resnet(), 3, True),
-        ["m_backbone_layer4_0_relu_2", *_DEEPLAB, "getitem_1", "interpolate_2"],
+        [*_DEEPLAB, "getitem_1", "m_classifier_0_convs_4_0", "interpolate_2"],
         ["interpolate_1", "interpolate_2"], True,
     ),
     "deeplab of mobilenet": (

@@ -154,7 +154,7 @@ def test_a_model_whose_structure_depends_on_its_mode_is_exact_in_that_mode() -> 
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    last = ["cat_2", "cat_5", "cat_8"]
+    last = ["cat_2", "cat_5", "avgpool"]
     assert_exact(randomise(model), (2, 3, 171, 187), 96, last=last, freeze_batchnorm=True)
 
 
@@ -172,7 +172,7 @@ class Auxiliary(nn.Module):
 def test_a_branch_in_the_head_follows_its_mode() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Auxiliary()).double().eval()
     converted = fxstream.convert(copy.deepcopy(model), 8)
-    assert head(converted) == ["_1", "_2", "_3"]
+    assert head(converted) == ["_2", "_3"]
     for mode in (True, False):
         compare(model.train(mode), converted.train(mode), torch.randn(IMAGE))
 

@@ -1,0 +1,62 @@
+"""tile_shape="auto": tiles as large as a memory budget allows, chosen at a call, when the image's size is known."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .call import Call
+from .errors import MemoryBudgetError
+from .footprint import working_set
+from .mirror import tensor_on_meta
+from .settings import Settings
+
+LEAST = 32
+"""Pixels along the edge of the smallest tile."""
+SHARE = 2
+"""Tiles shall take no more than this part of the budget: the rest keeps graphs, which saves computing tiles again."""
+
+
+def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
+    """The settings of a call with tiles that fit its memory budget, and a budget of what is left for graphs.
+
+    The largest square tiles that take half of the budget, or if there are none, the largest that take all of it.
+    Raises MemoryBudgetError if there are none, either.
+    """
+    budget = call.settings.memory_budget
+    tensors = [tensor_on_meta(tensor) for tensor in tensors]
+    needs: dict[int, int] = {}
+
+    def need(edge: int) -> int:
+        if edge not in needs:
+            needs[edge] = sum(working_set(replace(call, settings=_tiled(call.settings, edge)), tensors))
+        return needs[edge]
+
+    edges = _edges(call)
+    for limit in (budget // SHARE, budget):
+        largest = bisect_left(edges, limit + 1, key=need)
+        if largest:
+            edge = edges[largest - 1]
+            return replace(_tiled(call.settings, edge), memory_budget=budget - need(edge))
+    raise MemoryBudgetError(
+        f"an image of {call.shape} takes {need(edges[0])} bytes in tiles of {edges[0]}, and the memory_budget is "
+        f"{budget}. Way out: a greater budget, or tiles of a size of your choice"
+    )
+
+
+def _edges(call: Call) -> list[int]:
+    """Sizes of square tiles that cut the image's longest axis into 1, 2, 3, 4, 6, 8, 12 ... steps; ascending."""
+    longest = max(call.shape[call.settings.names.index(axis)] for axis in call.settings.axes)
+    counts = (parts << power for power in range(longest.bit_length()) for parts in (2, 3))
+    edges = {-(-longest // count) for count in (1, *counts)}
+    return sorted(edge for edge in edges if edge >= min(LEAST, longest))
+
+
+def _tiled(settings: Settings, edge: int) -> Settings:
+    tile = (
+        edge if name in settings.axes else size for name, size in zip(settings.names, settings.tile_shape, strict=True)
+    )
+    return replace(settings, tile_shape=tuple(tile), auto=False)

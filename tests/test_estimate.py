@@ -1,0 +1,139 @@
+"""Estimates: against what is counted when the step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from test_work import flops
+from torch import nn
+
+import fxstream
+from fxstream.live import LiveBytes
+
+
+class UNet(nn.Module):
+    """Whose output is as large as the image, so that its gradient counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.up, self.last = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.first(x).relu()
+        return self.last(torch.cat([skip, self.up(self.down(skip).relu())], 1))
+
+
+class Heavy(nn.Module):
+    """Most of what it holds belongs to the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.head = nn.Sequential(nn.Conv2d(4, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv(x))).mean((1, 2, 3))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (1, 3, 640, 512), 128),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=3), (2, 3, 301, 523), (2, 3, 64, None)),
+    "convnext": (lambda: torchvision.models.convnext_tiny(num_classes=3), (1, 3, 256, 200), 96),
+    "unet": (UNet, (1, 3, 512, 384), (64, 100)),
+    "one tile": (UNet, (2, 3, 128, 128), 1000),
+    "bags": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()),
+        (40, 3, 32, 32),
+        (4, None, None, None),
+    ),
+    "heavy head": (Heavy, (1, 3, 200, 200), 50),
+    "dropout": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(), nn.Conv2d(8, 8, 3)), (1, 3, 300, 300), 64),
+}
+
+
+class Counted:
+    """A step, run and counted."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], tile: Any):
+        converted = fxstream.convert(model, tile)
+        with LiveBytes() as live:
+            image = torch.randn(shape)
+            output = converted(image)
+            self.held = live.now - image.nbytes - output.nbytes
+            if output.requires_grad:
+                # As a loss would: the output is alive together with its gradient.
+                output.backward(torch.ones_like(output))
+            del output
+        self.peak = live.peak
+        for parameter in converted.parameters():
+            parameter.grad = None
+        self.flops = flops(lambda: self._step(converted, image))
+
+    def _step(self, converted: nn.Module, image: torch.Tensor) -> None:
+        output = converted(image)
+        if output.requires_grad:
+            output.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_training_step_takes(name: str) -> None:
+    build, shape, tile = MODELS[name]
+    model = build().train(name == "dropout")
+    estimate = fxstream.analyze(model).estimate(shape, tile)
+    counted = Counted(model, shape, tile)
+    assert estimate.flops == counted.flops
+    assert estimate.peak_bytes == pytest.approx(counted.peak, rel=0.1)
+    if name != "heavy head":  # which holds what its head saves
+        assert estimate.carried_bytes == pytest.approx(counted.held, rel=0.02, abs=3000)
+    assert f"{estimate.tiles} tiles" in str(estimate)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "unet", "mobilenet_v2"])
+def test_what_inference_takes(name: str) -> None:
+    build, shape, tile = MODELS[name]
+    model = build().eval()
+    with torch.no_grad():
+        estimate = fxstream.analyze(model).estimate(shape, tile)
+        counted = Counted(model, shape, tile)
+    assert estimate.flops == counted.flops
+    assert estimate.peak_bytes == pytest.approx(counted.peak, rel=0.15)
+
+
+def test_frozen_models_are_estimated_as_inference() -> None:
+    model = UNet().requires_grad_(False)
+    estimate = fxstream.analyze(model).estimate((1, 3, 64, 64), 16)
+    with torch.no_grad():
+        assert estimate == fxstream.analyze(model).estimate((1, 3, 64, 64), 16)
+
+
+@pytest.mark.parametrize(("tile", "tiles"), [(64, 6), ((None, 64), 3), (1000, 1)])
+def test_the_number_of_tiles(tile: Any, tiles: int) -> None:
+    assert fxstream.analyze(nn.Conv2d(3, 4, 1)).estimate((1, 3, 100, 192), tile).tiles == tiles
+
+
+def test_an_image_that_no_memory_could_hold() -> None:
+    """A slide of ten gigapixels, and nothing of it is made; nor do the model or the random numbers change."""
+    model = torchvision.models.resnet18().eval()
+    before, random = {name: one.clone() for name, one in model.state_dict().items()}, torch.get_rng_state()
+    estimate = fxstream.analyze(model).estimate((1, 3, 100_352, 100_352), 2048)
+    assert estimate.tiles >= 49**2
+    assert estimate.peak_bytes > 4 * 3 * 100_352**2
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_cannot_be_estimated() -> None:
+    analysis = fxstream.analyze(nn.Conv2d(3, 4, 5))
+    with pytest.raises(fxstream.TileShapeError):
+        analysis.estimate((1, 3, 20, 20), "large")
+    with pytest.raises(fxstream.ImageTooSmallError):
+        analysis.estimate((1, 3, 4, 20), 8)
+    with pytest.raises(fxstream.InputError):
+        analysis.estimate((3, 20, 20), 8)
