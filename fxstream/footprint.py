@@ -16,7 +16,7 @@ from .scan import Scan
 from .schedule import Grid
 from .tape import aliases
 
-STEPS = 4
+STEPS = 3
 """A part of the image with so many steps along each axis shows what a tile needs."""
 
 

@@ -31,8 +31,8 @@ Tile = tuple[int, ...]
 Index = tuple[slice, ...]
 
 
-THIN = 16
-"""A value thinner than this part of a tile does not advance at every step."""
+THIN = 12
+"""Values of fewer rows a step than a tile's divided by this, and by two, do not advance at every step."""
 
 
 class SizeError(ValueError):
