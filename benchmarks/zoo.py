@@ -84,7 +84,9 @@ def row(name: str, kind: str) -> list[str]:
         analysis = fxstream.analyze(model)
     except fxstream.TraceError as error:
         return [name, "no", "nothing", "0%", "", "", " ".join(str(error).split()), "0%"]
-    fields = (analysis.receptive_field(node) for node in reversed(analysis.outputs))  # a size has none
+    # A size has none, and what is reduced to a total is seen by one position of it.
+    seen = [one for node in reversed(analysis.outputs) for one in (node, *node.all_input_nodes)]
+    fields = map(analysis.receptive_field, seen)
     field = next(filter(None, fields), {})
     stop = analysis.stops[0].reason.split(" Way out:")[0] if analysis.stops else "it streams whole"
     return [

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .analysis import Analysis
+from .checks import check_image
 from .convert import convert
 from .errors import StreamingWarning
 from .footprint import working_set
@@ -62,32 +63,43 @@ def estimate(analysis: Analysis, image_shape: Sequence[int], tile_shape: object)
 def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     name, streamed = next((name, part) for name, part in converted.named_children() if isinstance(part, Streamed))
     settings = streamed.settings
+    check_image(image, settings)
     # In one tile, every position is computed once, as it is in many.
-    streamed.settings = replace(settings, tile_shape=tuple(image.shape))
+    sizes = zip(image.shape, settings.tile_shape, strict=True)
+    streamed.settings = replace(settings, tile_shape=tuple(None if tile is None else size for size, tile in sizes))
     calls: list[tuple[Any, Any]] = []
     hook = streamed.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs, outputs)))
     with FlopCounterMode(display=False) as flops:
-        _step(converted, image)
+        roots = _roots(converted(image))
+        torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
     hook.remove()
     streamed.settings = settings
     ((inputs, outputs),) = calls
 
     call, tensors = streamed.prepare(*inputs)
     needs = working_set(call, tensors)
-    handed = sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
-    converted._modules[name] = _Given(outputs)
+    handed = sum(leaf.nbytes for leaf in _tensors(outputs))
+    converted._modules[name] = given = _Given(outputs)
     with LiveBytes() as head:
-        _step(converted, image)
-    peak = handed + max(sum(needs), needs.carried + head.peak)
+        result = converted(image)
+        roots, wanted = _roots(result), [*converted.parameters(), *given.leaves]
+        if roots:
+            # Not accumulated in leaves, which would copy what is the gradient of an output itself.
+            wanted = [leaf for leaf in wanted if leaf.requires_grad]
+            torch.autograd.grad(roots, wanted, [torch.empty_like(root) for root in roots], allow_unused=True)
+    # While the streamed part computes gradients, what it has handed over is gone, unless it is the model's result.
+    scan = sum(needs) + sum(leaf.nbytes for leaf in _tensors(result) if roots)
+    peak = handed + max(scan, needs.carried + head.peak)
     tiles = sum(1 for _ in Scan(call, tensors).grid.tiles())
     return Estimate(tiles, int(flops.get_total_flops()), needs.carried, image.nbytes + peak)
 
 
-def _step(model: nn.Module, image: torch.Tensor) -> None:
-    """Forward and, where there is something to train, backward."""
-    roots = [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
-    model.zero_grad()
+def _roots(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _tensors(output) if leaf.requires_grad]
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 class _Given(nn.Module):
@@ -96,6 +108,7 @@ class _Given(nn.Module):
     def __init__(self, outputs: Any):
         super().__init__()
         self.outputs = tree_map(lambda leaf: tensor_on_meta(leaf) if isinstance(leaf, torch.Tensor) else leaf, outputs)
+        self.leaves = _tensors(self.outputs)
 
     def forward(self, *inputs: Any) -> Any:
         return self.outputs

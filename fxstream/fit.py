@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,8 +13,10 @@ from .footprint import working_set
 from .mirror import tensor_on_meta
 from .settings import Settings
 
-LEAST = 32
-"""Pixels along the edge of the smallest tile."""
+LEAST = 128
+"""Pixels along the edge of the smallest tile: smaller ones carry more than they save, and take long."""
+MARGIN = 10
+"""One part in so many is added to what is predicted."""
 SHARE = 2
 """Tiles shall take no more than this part of the budget: the rest keeps graphs, which saves computing tiles again."""
 
@@ -32,27 +33,28 @@ def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
 
     def need(edge: int) -> int:
         if edge not in needs:
-            needs[edge] = sum(working_set(replace(call, settings=_tiled(call.settings, edge)), tensors))
+            predicted = sum(working_set(replace(call, settings=_tiled(call.settings, edge)), tensors))
+            needs[edge] = predicted + predicted // MARGIN
         return needs[edge]
 
     edges = _edges(call)
     for limit in (budget // SHARE, budget):
-        largest = bisect_left(edges, limit + 1, key=need)
-        if largest:
-            edge = edges[largest - 1]
-            return replace(_tiled(call.settings, edge), memory_budget=budget - need(edge))
+        for edge in edges:
+            if need(edge) <= limit:
+                return replace(_tiled(call.settings, edge), memory_budget=budget - need(edge))
+    best = min(edges, key=need)
     raise MemoryBudgetError(
-        f"an image of {call.shape} takes {need(edges[0])} bytes in tiles of {edges[0]}, and the memory_budget is "
-        f"{budget}. Way out: a greater budget, or tiles of a size of your choice"
+        f"an image of {call.shape} takes {need(best)} bytes in tiles of {best}, and the memory_budget is {budget}. "
+        "Way out: a greater budget, or tiles of a size of your choice"
     )
 
 
 def _edges(call: Call) -> list[int]:
-    """Sizes of square tiles that cut the image's longest axis into 1, 2, 3, 4, 6, 8, 12 ... steps; ascending."""
+    """Sizes of square tiles that cut the image's longest axis into 1, 2, 3, 4, 6, 8 ... steps; the largest first."""
     longest = max(call.shape[call.settings.names.index(axis)] for axis in call.settings.axes)
     counts = (parts << power for power in range(longest.bit_length()) for parts in (2, 3))
     edges = {-(-longest // count) for count in (1, *counts)}
-    return sorted(edge for edge in edges if edge >= min(LEAST, longest))
+    return sorted((edge for edge in edges if edge >= min(LEAST, longest)), reverse=True)
 
 
 def _tiled(settings: Settings, edge: int) -> Settings:

@@ -16,8 +16,9 @@ from .scan import Scan
 from .schedule import Grid
 from .tape import aliases
 
-STEPS = 3
-"""A part of the image with so many steps along each axis shows what a tile needs."""
+STEPS, MOST_STEPS, REACH = 3, 8, 512
+"""A part of the image with so many steps along each axis shows what a tile needs; with more, if steps are so small that
+deep values, which see hundreds of pixels, only get going after a few."""
 
 
 class WorkingSet(NamedTuple):
@@ -37,7 +38,7 @@ def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
     Of the image, a part is enough that has a few tiles: how much they leave to later ones follows from the schedule.
     """
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    call = replace(call, settings=replace(call.settings, memory_budget=0))
+    call = replace(call, settings=replace(call.settings, memory_budget=0), device=torch.device("meta"))
     with torch.random.fork_rng(devices=[]):
         try:
             sample = _Sample(*_part(call, tensors), trains)
@@ -54,10 +55,17 @@ def _part(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch
     for axis, tile in call.settings.tiles.items():
         dim = call.settings.names.index(axis)
         step = -(-shape[dim] // -(-shape[dim] // tile))
-        shape[dim], tiles[dim] = min(shape[dim], STEPS * step), step
+        steps = min(MOST_STEPS, max(STEPS, -(-REACH // step)))
+        shape[dim], tiles[dim] = min(shape[dim], steps * step), step
     image, *others = tensors
     part = image.new_empty(shape).requires_grad_(image.requires_grad)
     return replace(call, shape=tuple(shape), settings=replace(call.settings, tile_shape=tuple(tiles))), [part, *others]
+
+
+def _listed(tiles: list[LiveBytes]) -> LiveBytes:
+    """A counter for one tile, in a list of those of all."""
+    tiles.append(LiveBytes())
+    return tiles[-1]
 
 
 class _Sample:
@@ -75,9 +83,13 @@ class _Sample:
         self.dtypes = {value: piece.dtype for (value, _, _), piece in pieces.items()}
         gradients = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
         backward = Scan(self.scan.call, aliases(tensors, [tensor.requires_grad for tensor in tensors]))
-        with LiveBytes() as live, torch.no_grad():
-            backward.backward(states, pieces, {}, gradients)
-        return int(live.peak) - self.owed(self.scan.grid)
+        tiles: list[LiveBytes] = []
+        with torch.no_grad():
+            found = backward.backward(states, pieces, {}, gradients, around=lambda: _listed(tiles))
+        # The first tile makes the sums of gradients that the others add to.
+        first, *others = (int(tile.peak) for tile in tiles)
+        sums = sum(gradient.nbytes for gradient in found if gradient is not None)
+        return max([first, *(peak + sums for peak in others)])
 
     def _inference(self) -> int:
         with LiveBytes() as live:

@@ -6,6 +6,7 @@ The schedule says which rows; the rules say how an operation runs on them; this 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,10 +121,12 @@ class Scan:
         pieces: Mapping[Key, torch.Tensor],
         graphs: dict[Tile, TileGraph],
         gradients: Sequence[torch.Tensor | None],
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own.
 
-        A tile whose graph is there is not computed again; `graphs` are used up. Raises StreamingError where computing
+        A tile whose graph is there is not computed again; `graphs` are used up. Each tile is computed in a context of
+        `around`. Raises StreamingError where computing
         tiles again has lost what an output's gradient belongs to.
         """
         for output, state in zip(self.outputs.values(), states, strict=True):
@@ -134,16 +137,17 @@ class Scan:
         tiles = list(self.grid.tiles())[::-1]
         fetched = self._fetch([tile for tile in tiles if tile not in graphs])
         for tile in tiles:
-            graph = graphs.pop(tile) if tile in graphs else self._graph(tile, next(fetched), pieces)
-            roots = [
-                (graph.blocks[output.value], self._root(output, tile, graph.blocks[output.value], gradient))
-                for output, gradient in given
-                if output.value in graph.blocks
-            ]
-            roots += [(piece, sums.owed.pop(key)) for key, piece in graph.kept.items() if key in sums.owed]
-            sums.add(graph.gradients(roots, trained))
-            # Nothing of this tile shall be alive while the next one is computed.
-            del graph, roots
+            with around():
+                graph = graphs.pop(tile) if tile in graphs else self._graph(tile, next(fetched), pieces)
+                roots = [
+                    (graph.blocks[output.value], self._root(output, tile, graph.blocks[output.value], gradient))
+                    for output, gradient in given
+                    if output.value in graph.blocks
+                ]
+                roots += [(piece, sums.owed.pop(key)) for key, piece in graph.kept.items() if key in sums.owed]
+                sums.add(graph.gradients(roots, trained))
+                # Nothing of this tile shall be alive while the next one is computed.
+                del graph, roots
         for output, _ in given:
             if not output.complete():
                 raise StreamingError(_LOST.format(label(self.steps[output.value - 1].node)))

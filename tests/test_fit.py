@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
+from test_work import flops
 from torch import nn
 
 import fxstream
@@ -17,12 +17,18 @@ from fxstream.testing import compare
 MIB = 2**20
 
 
-def resnet() -> nn.Module:
-    return torchvision.models.resnet18(num_classes=3).eval()
+def net() -> nn.Module:
+    """Whose activations take 90 MiB on an image of 640 x 512, and whose parameters nearly nothing."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
 
 
 def peak(converted: nn.Module, image: torch.Tensor) -> int:
-    """Live bytes of a step, at most, the image aside."""
+    """Live bytes of a step, at most, the image aside; tiles are chosen before, which would count as if it took any."""
+    converted.streamed.prepare(image)
     with LiveBytes() as live:
         output = converted(image)
         if output.requires_grad:
@@ -30,43 +36,41 @@ def peak(converted: nn.Module, image: torch.Tensor) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("budget", [80 * MIB, 140 * MIB, 300 * MIB, "2GiB"])
+@pytest.mark.parametrize("budget", [16 * MIB, 40 * MIB, 100 * MIB, "1GiB"])
 def test_a_training_step_stays_within_its_budget(budget: Any) -> None:
-    """Which the gradients of the parameters are part of: 43 MiB."""
-    converted = fxstream.convert(resnet(), "auto", memory_budget=budget)
+    converted = fxstream.convert(net(), "auto", memory_budget=budget)
     assert peak(converted, torch.randn(1, 3, 640, 512)) <= converted.memory_budget
 
 
 def test_a_budget_that_suffices_for_everything_costs_no_recomputation() -> None:
-    from test_work import flops
-
-    model = resnet()
-    converted = fxstream.convert(model, "auto", memory_budget="2GiB")
+    model = net()
+    converted = fxstream.convert(model, "auto", memory_budget="1GiB")
     image = torch.randn(1, 3, 256, 200)
+    converted(image)  # chooses tiles, which is counted as if it were computed
     plain = flops(lambda: model(image).sum().backward())
     assert flops(lambda: converted(image).sum().backward()) == plain
 
 
 def test_tiles_grow_with_the_budget_and_shrink_with_the_image() -> None:
     def edge(budget: int, size: int) -> int:
-        converted = fxstream.convert(resnet(), "auto", memory_budget=budget * MIB)
+        converted = fxstream.convert(net(), "auto", memory_budget=budget * MIB)
         call, _ = converted.streamed.prepare(torch.empty(1, 3, size, size))
         return max(call.settings.tiles.values())
 
-    edges = [edge(budget, 512) for budget in (70, 150, 400)]
+    edges = [edge(budget, 1024) for budget in (20, 60, 250)]
     assert edges[0] < edges[1] < edges[2]
-    assert edge(150, 2048) <= edges[1]
+    assert edge(60, 4096) <= edges[1]
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 203, 161), (2, 3, 90, 47)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 303, 261), (2, 3, 90, 147)], ids=str)
 def test_it_is_exact(shape: tuple[int, ...]) -> None:
-    model = resnet().double()
-    converted = fxstream.convert(copy.deepcopy(model), "auto", memory_budget=150 * MIB)
+    model = net().double()
+    converted = fxstream.convert(copy.deepcopy(model), "auto", memory_budget=30 * MIB)
     compare(model, converted, torch.randn(shape))
 
 
 def test_inference_needs_less() -> None:
-    converted = fxstream.convert(resnet(), "auto", memory_budget=20 * MIB)
+    converted = fxstream.convert(net(), "auto", memory_budget=7 * MIB)
     image = torch.randn(1, 3, 640, 512)
     with torch.no_grad():
         assert peak(converted, image) <= converted.memory_budget
