@@ -97,23 +97,48 @@ class Scan:
                     _drop_expired(pieces, expiring, previous, tile)
                 previous = tile
                 if budget.left:
-                    with budget.counting():
-                        graph = recording._graph(tile, regions, pieces)
-                    blocks, kept = graph.blocks, graph.kept
-                    if budget.affords(graph):
-                        graphs[tile] = graph
+                    computed = self._afforded(recording._graph, budget, graphs, tile, regions, pieces)
                 else:
-                    blocks, kept = self._tile(tile, Source(self.tensors, regions, pieces), stitch)
-                for output in self.outputs.values():
-                    if output.value in blocks:
-                        output.add(self._fresh(output.value, tile), blocks[output.value].detach())
-                for key, piece in kept.items():
-                    pieces[key] = piece.detach().clone()
-                    expiring.setdefault(self.grid.expiry(*key), []).append(key)
+                    computed = self._tile(tile, Source(self.tensors, regions, pieces), stitch)
+                self._take(tile, *computed, pieces, expiring)
+                # Nothing of this tile shall be alive while the next one is computed.
+                del computed
             outputs = self.outputs.values()
             return Forward(
                 tuple(output.result() for output in outputs), [output.state for output in outputs], pieces, graphs
             )
+
+    def _afforded(
+        self,
+        compute: Callable[[Tile, Regions, Mapping[Key, torch.Tensor]], TileGraph],
+        budget: Budget,
+        graphs: dict[Tile, TileGraph],
+        tile: Tile,
+        regions: Regions,
+        pieces: Mapping[Key, torch.Tensor],
+    ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
+        """Compute a tile with autograd, and add its graph to `graphs` if the budget allows."""
+        with budget.counting():
+            graph = compute(tile, regions, pieces)
+        if budget.affords(graph):
+            graphs[tile] = graph
+        return graph.blocks, graph.kept
+
+    def _take(
+        self,
+        tile: Tile,
+        blocks: Mapping[int, torch.Tensor],
+        kept: Mapping[Key, torch.Tensor],
+        pieces: dict[Key, torch.Tensor],
+        expiring: dict[Tile, list[Key]],
+    ) -> None:
+        """Give the blocks of a tile to the outputs, and file what later tiles need."""
+        for output in self.outputs.values():
+            if output.value in blocks:
+                output.add(self._fresh(output.value, tile), blocks[output.value].detach())
+        for key, piece in kept.items():
+            pieces[key] = piece.detach().clone()
+            expiring.setdefault(self.grid.expiry(*key), []).append(key)
 
     def backward(
         self,
