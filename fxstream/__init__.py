@@ -20,6 +20,7 @@ from .errors import (
     TraceError,
     WrappedModelError,
 )
+from .estimate import Estimate
 from .ops import register
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "AttributeChangedError",
     "BatchNormModeError",
     "DoubleBackwardError",
+    "Estimate",
     "Finding",
     "HookError",
     "ImageTooSmallError",

@@ -62,8 +62,22 @@ def estimate(analysis: Analysis, image_shape: Sequence[int], tile_shape: object)
 
 def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     name, streamed = next((name, part) for name, part in converted.named_children() if isinstance(part, Streamed))
+    check_image(image, streamed.settings)
+    flops, inputs, outputs = _counted(converted, streamed, image)
+    call, tensors = streamed.prepare(*inputs)
+    needs = working_set(call, tensors)
+    converted._modules[name] = given = _Given(outputs)
+    head, result = _head(converted, image, given.leaves)
+    handed = sum(leaf.nbytes for leaf in given.leaves)
+    # While the streamed part computes gradients, what it has handed over is gone, unless it is the model's result.
+    peak = handed + max(sum(needs) + result, needs.carried + head)
+    tiles = sum(1 for _ in Scan(call, tensors).grid.tiles())
+    return Estimate(tiles, flops, needs.carried, image.nbytes + peak)
+
+
+def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor) -> tuple[int, Any, Any]:
+    """FLOPs of a step, what the streamed part is called with and what it returns."""
     settings = streamed.settings
-    check_image(image, settings)
     # In one tile, every position is computed once, as it is in many.
     sizes = zip(image.shape, settings.tile_shape, strict=True)
     streamed.settings = replace(settings, tile_shape=tuple(None if tile is None else size for size, tile in sizes))
@@ -75,23 +89,18 @@ def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     hook.remove()
     streamed.settings = settings
     ((inputs, outputs),) = calls
+    return int(flops.get_total_flops()), inputs, outputs
 
-    call, tensors = streamed.prepare(*inputs)
-    needs = working_set(call, tensors)
-    handed = sum(leaf.nbytes for leaf in _tensors(outputs))
-    converted._modules[name] = given = _Given(outputs)
-    with LiveBytes() as head:
+
+def _head(converted: fx.GraphModule, image: torch.Tensor, given: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Bytes that the head makes, at most at a time; and those of its result that are there until the step ends."""
+    with LiveBytes() as live:
         result = converted(image)
-        roots, wanted = _roots(result), [*converted.parameters(), *given.leaves]
-        if roots:
+        if roots := _roots(result):
             # Not accumulated in leaves, which would copy what is the gradient of an output itself.
-            wanted = [leaf for leaf in wanted if leaf.requires_grad]
+            wanted = [leaf for leaf in (*converted.parameters(), *given) if leaf.requires_grad]
             torch.autograd.grad(roots, wanted, [torch.empty_like(root) for root in roots], allow_unused=True)
-    # While the streamed part computes gradients, what it has handed over is gone, unless it is the model's result.
-    scan = sum(needs) + sum(leaf.nbytes for leaf in _tensors(result) if roots)
-    peak = handed + max(scan, needs.carried + head.peak)
-    tiles = sum(1 for _ in Scan(call, tensors).grid.tiles())
-    return Estimate(tiles, int(flops.get_total_flops()), needs.carried, image.nbytes + peak)
+    return int(live.peak), sum(leaf.nbytes for leaf in _tensors(result)) if roots else 0
 
 
 def _roots(output: Any) -> list[torch.Tensor]:
