@@ -350,6 +350,38 @@ def test_a_long_lag_is_flushed_in_several_steps() -> None:
     assert axis.frontier == [[0, 16, 32, 48, 64, 64, 64], [0, 0, 0, 8, 32, 56, 64]]
 
 
+def test_values_of_a_few_rows_a_step_rest() -> None:
+    # Five strides of two: the last value has 2 of the tile's 64 rows, too few, and does 4 at every other step.
+    axis = schedule(((), *(((value, Sliding(2, 2)),) for value in range(5))), 512, 64)
+    assert axis.frontier[4] == [0, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert axis.frontier[5] == [0, 0, 4, 4, 8, 8, 12, 12, 16]
+    assert axis.count == 8
+
+
+def kept(grid: Grid, value: int) -> int:
+    """Positions in all pieces of a value, counted tile by tile."""
+    layouts = (grid.layout(value, tile) for tile in grid.tiles())
+    return sum(prod(rows.stop - rows.start for rows in piece) for layout in layouts for _, piece in layout.keeps)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plan=plans(axes=2, largest=18, values=6))
+def test_what_is_carried_is_counted_without_its_pieces(plan: Plan) -> None:
+    grid = Grid(plan.axes())
+    for value in range(len(plan.programs[0])):
+        assert grid.carried(value) == kept(grid, value)
+    # At a time there is no more than altogether, and at least the longest carry along the first axis, all its width.
+    together = sum(map(grid.carried, range(len(plan.programs[0]))))
+    first, second = grid.axes
+    longest = max(
+        (done - tail) * size
+        for rows, tails, size in zip(first.frontier, first.tail, second.sizes, strict=True)
+        for done, tail in zip(rows, tails, strict=True)
+    )
+    assert longest <= grid.in_flight(dict.fromkeys(range(len(plan.programs[0])), 1))
+    assert longest <= together
+
+
 def test_a_carry_grows_with_the_lead_of_a_skip_connection_over_its_branch() -> None:
     # Value 2 waits for 20 rows ahead, and the sum has to wait with it. All that time value 1 is carried.
     ahead = Sliding(21, 1, 1, 0, 20)
