@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,8 +79,7 @@ def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor)
     """FLOPs of a step, what the streamed part is called with and what it returns."""
     settings = streamed.settings
     # In one tile, every position is computed once, as it is in many.
-    sizes = zip(image.shape, settings.tile_shape, strict=True)
-    streamed.settings = replace(settings, tile_shape=tuple(None if tile is None else size for size, tile in sizes))
+    streamed.settings = settings.tiled({axis: image.shape[settings.names.index(axis)] for axis in settings.axes})
     calls: list[tuple[Any, Any]] = []
     hook = streamed.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs, outputs)))
     with FlopCounterMode(display=False) as flops:

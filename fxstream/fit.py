@@ -33,7 +33,7 @@ def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
 
     def need(edge: int) -> int:
         if edge not in needs:
-            predicted = sum(working_set(replace(call, settings=_tiled(call.settings, edge)), tensors))
+            predicted = sum(working_set(replace(call, settings=_square(call.settings, edge)), tensors))
             needs[edge] = predicted + predicted // MARGIN
         return needs[edge]
 
@@ -41,7 +41,7 @@ def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
     for limit in (budget // SHARE, budget):
         for edge in edges:
             if need(edge) <= limit:
-                return replace(_tiled(call.settings, edge), memory_budget=budget - need(edge))
+                return replace(_square(call.settings, edge), memory_budget=budget - need(edge))
     best = min(edges, key=need)
     raise MemoryBudgetError(
         f"an image of {call.shape} takes {need(best)} bytes in tiles of {best}, and the memory_budget is {budget}. "
@@ -57,8 +57,5 @@ def _edges(call: Call) -> list[int]:
     return sorted((edge for edge in edges if edge >= min(LEAST, longest)), reverse=True)
 
 
-def _tiled(settings: Settings, edge: int) -> Settings:
-    tile = (
-        edge if name in settings.axes else size for name, size in zip(settings.names, settings.tile_shape, strict=True)
-    )
-    return replace(settings, tile_shape=tuple(tile), auto=False)
+def _square(settings: Settings, edge: int) -> Settings:
+    return settings.tiled(dict.fromkeys(settings.axes, edge))

@@ -51,15 +51,15 @@ def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
 
 def _part(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
     """A call on a part of the image with the same tiles."""
-    shape, tiles = list(call.shape), list(call.settings.tile_shape)
+    shape, tiles = list(call.shape), {}
     for axis, tile in call.settings.tiles.items():
         dim = call.settings.names.index(axis)
         step = -(-shape[dim] // -(-shape[dim] // tile))
         steps = min(MOST_STEPS, max(STEPS, -(-REACH // step)))
-        shape[dim], tiles[dim] = min(shape[dim], steps * step), step
+        shape[dim], tiles[axis] = min(shape[dim], steps * step), step
     image, *others = tensors
     part = image.new_empty(shape).requires_grad_(image.requires_grad)
-    return replace(call, shape=tuple(shape), settings=replace(call.settings, tile_shape=tuple(tiles))), [part, *others]
+    return replace(call, shape=tuple(shape), settings=call.settings.tiled(tiles)), [part, *others]
 
 
 def _listed(tiles: list[LiveBytes]) -> LiveBytes:

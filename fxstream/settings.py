@@ -54,6 +54,11 @@ class Settings:
                 "or what else they may take"
             )
 
+    def tiled(self, tiles: Mapping[str, int]) -> Settings:
+        """The same with tiles of these sizes along the streamed axes."""
+        sizes = zip(self.names, self.tile_shape, strict=True)
+        return replace(self, tile_shape=tuple(tiles.get(name, size) for name, size in sizes), auto=False)
+
     def retiled(self, tile_shape: object) -> Settings:
         """The same with tiles of another size. Raises TileShapeError, also if other axes would be streamed."""
         changed = replace(self, tile_shape=parse(tile_shape, self.names), auto=tile_shape == AUTO)

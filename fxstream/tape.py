@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .fetch import Region, Regions
+from .ops.totals import WIDE
 from .schedule import Index, Tile
 
 Key = tuple[int, Tile, int]
@@ -142,12 +143,9 @@ class Sums:
         """
         if slot not in self._totals:
             tensor = self._tensors[slot]
-            dtype = tensor.dtype if slot == 0 else _WIDE.get(tensor.dtype, tensor.dtype)
+            dtype = tensor.dtype if slot == 0 else WIDE.get(tensor.dtype, tensor.dtype)
             self._totals[slot] = torch.zeros_like(tensor, dtype=dtype)
         return self._totals[slot]
-
-
-_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 class Budget:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 Totals = tuple[torch.Tensor, ...]
 
-_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What many small terms are summed in; other types in themselves."""
 
 
 class Place(NamedTuple):
@@ -70,7 +71,7 @@ class Sum(Reduction):
 
     def empty(self, block: torch.Tensor, shape: Sequence[int]) -> Totals:
         dtype = self.dtype(block)
-        return (block.new_zeros(shape, dtype=_WIDE.get(dtype, dtype)),)
+        return (block.new_zeros(shape, dtype=WIDE.get(dtype, dtype)),)
 
     def add(self, totals: Totals, block: torch.Tensor, place: Place) -> None:
         (total,) = totals
