@@ -1,6 +1,6 @@
 """Exact streaming of convolutional networks over images too large for memory."""
 
-from .analysis import Analysis, Finding, ReceptiveField
+from .analysis import Analysis, Finding
 from .convert import analyze, convert
 from .errors import (
     AttributeChangedError,
@@ -22,6 +22,7 @@ from .errors import (
 )
 from .estimate import Estimate
 from .ops import register
+from .receptive_field import ReceptiveField
 
 __all__ = [
     "Analysis",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
@@ -13,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .axes import Dim, Symbol, Value, axis_names
+from .constants import Constants
 from .errors import StreamingError, TileShapeError
 from .hooks import has_hooks
 from .lower import (
@@ -28,7 +27,8 @@ from .lower import (
     spatial_axes,
 )
 from .memory import Memory
-from .ops import Answer, Fact, Local, NotLocal, Total, Unknown
+from .ops import Answer, Fact, Local, NotLocal, Total
+from .receptive_field import ReceptiveField, receptive_field
 from .trace import Trace
 from .window import IDENTITY, Window
 
@@ -39,38 +39,6 @@ Status = Literal["image", "constant", "size", "local", "total", "stop", "head"]
 
 STREAMED: tuple[Status, ...] = ("size", "local", "total")
 """What the streamed submodule computes."""
-
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """What one position of a value sees of the image along one axis, in pixels.
-
-    Position `a` sees pixels `[a * stride - padding, a * stride - padding + size)`; behind up-sampling these are
-    fractions, bounds for every phase. Recurrences: Araujo, Norris and Sim, "Computing Receptive Fields of
-    Convolutional Neural Networks", Distill 2019.
-    """
-
-    size: int | Fraction = 1
-    stride: int | Fraction = 1
-    padding: int | Fraction = 0
-
-    def through(self, window: Window) -> ReceptiveField | None:
-        """The receptive field of a value that reads this one through `window`; None if it has no constant stride."""
-        if window.stride is None:
-            return None
-        return ReceptiveField(
-            self.size + (window.extent - 1) * self.stride,
-            self.stride * window.stride,
-            self.padding + window.before * self.stride,
-        )
-
-    def joined(self, other: ReceptiveField) -> ReceptiveField | None:
-        """The union of both; None if they advance at different rates."""
-        if self.stride != other.stride:
-            return None
-        padding = max(self.padding, other.padding)
-        end = max(self.size - self.padding, other.size - other.padding)
-        return ReceptiveField(padding + end, self.stride, padding)
 
 
 @dataclass(eq=False)
@@ -259,7 +227,7 @@ class _Walk:
         self.left_to_head = left_to_head
         self.nodes = list(trace.graph.nodes)
         self.memory = Memory(trace.graph, image)
-        self.constants = _Constants(trace.modules, trace.constants)
+        self.constants = Constants(trace.modules, trace.constants)
         self.found: dict[fx.Node, Finding] = {}
         self.states = {
             path: [f"{path}.{name}" for name in module.state_dict()] for path, module in trace.modules.items()
@@ -369,46 +337,6 @@ class _Walk:
             self.conflict = (shared, problem)
 
 
-class _Constants:
-    """At conversion, the values that do not depend on the image, as far as they can be known without a call."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]):
-        self._modules = modules
-        self._tensors = tensors
-        self._known: dict[fx.Node, Any] = {}
-
-    def __getitem__(self, node: fx.Node) -> Any:
-        return self._known[node]
-
-    def add(self, node: fx.Node) -> None:
-        self._known[node] = Unknown(node.name)
-        if node.op == "placeholder":
-            # An optional argument is planned for as if it were not given; at a call, the rules see what is.
-            self._known[node] = node.args[0] if node.args else self._known[node]
-            return
-        if any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):
-            return
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self._known[node] = self._run(node)
-        except Exception:  # whatever a user's function may raise; the call itself will show it
-            return
-
-    def _run(self, node: fx.Node) -> Any:
-        if node.target in self._tensors:
-            return self._tensors[str(node.target)]
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            return getattr(self._modules[owner], name)
-        # Copies, since nothing that runs at conversion may change the model.
-        args, kwargs = copy.deepcopy(fx.node.map_arg((node.args, dict(node.kwargs)), self._known.__getitem__))
-        if node.op == "call_module":
-            return copy.deepcopy(self._modules[str(node.target)])(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target
-
-
 def _outputs(findings: list[Finding]) -> list[fx.Node]:
     """The streamed values that the head reads."""
     wanted = _crossing(findings) - image_sizes(findings)
@@ -444,24 +372,5 @@ def _graph(findings: list[Finding], axes: tuple[str, ...]) -> nx.DiGraph[str]:
         for source in _sources(finding):
             graph.add_edge(source.name, name, windows=finding.windows.get(source))
     for name in nx.topological_sort(graph):
-        graph.nodes[name]["receptive_field"] = _receptive_field(graph, name, axes)
+        graph.nodes[name]["receptive_field"] = receptive_field(graph, name, axes)
     return graph
-
-
-def _receptive_field(graph: nx.DiGraph[str], name: str, axes: tuple[str, ...]) -> dict[str, ReceptiveField] | None:
-    status = graph.nodes[name]["status"]
-    if status != "local":
-        return dict.fromkeys(axes, ReceptiveField()) if status == "image" else None
-    fields: dict[str, ReceptiveField] = {}
-    for source in graph.predecessors(name):
-        windows: Mapping[str, Window] | None = graph.edges[source, name]["windows"]
-        if windows is None:
-            continue  # does not depend on the image
-        seen = graph.nodes[source]["receptive_field"]
-        for axis in axes:
-            here = None if seen is None else seen[axis].through(windows[axis])
-            joined = here if here is None or axis not in fields else fields[axis].joined(here)
-            if joined is None:
-                return None
-            fields[axis] = joined
-    return fields or None  # a value made of nothing but sizes sees no pixel

@@ -1,0 +1,52 @@
+"""At conversion, the values that do not depend on the image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .ops import Unknown
+
+
+class Constants:
+    """Those values, as far as they can be known without a call."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]):
+        self._modules = modules
+        self._tensors = tensors
+        self._known: dict[fx.Node, Any] = {}
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self._known[node]
+
+    def add(self, node: fx.Node) -> None:
+        self._known[node] = Unknown(node.name)
+        if node.op == "placeholder":
+            # An optional argument is planned for as if it were not given; at a call, the rules see what is.
+            self._known[node] = node.args[0] if node.args else self._known[node]
+            return
+        if any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):
+            return
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self._known[node] = self._run(node)
+        except Exception:  # whatever a user's function may raise; the call itself will show it
+            return
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.target in self._tensors:
+            return self._tensors[str(node.target)]
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            return getattr(self._modules[owner], name)
+        # Copies, since nothing that runs at conversion may change the model.
+        args, kwargs = copy.deepcopy(fx.node.map_arg((node.args, dict(node.kwargs)), self._known.__getitem__))
+        if node.op == "call_module":
+            return copy.deepcopy(self._modules[str(node.target)])(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target
