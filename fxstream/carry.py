@@ -86,30 +86,38 @@ class Stitch(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         place: Placement = ctx.place
         reads, keeps = grads[: len(place.reads)], grads[len(place.reads) :]
-        region = Stitch._gradient(ctx, [(g, i) for g, i in zip(reads, place.reads, strict=True) if g is not None])
+        given = [(g, i) for g, i in zip(reads, place.reads, strict=True) if g is not None]
+        region, owned = Stitch._gradient(ctx, given)
         parts = [None if region is None else region[dst] for _, _, _, dst in place.parts]
         if not ctx.has_block:
             return (None, None, *parts)
         block = None if region is None or place.own is None else region[place.own]
         kept = [(g, i) for g, (_, i) in zip(keeps, place.keeps, strict=True) if g is not None]
         if kept:
-            # The reads' gradient may be shared with other nodes of the graph: never add into it.
-            sizes = dict(enumerate(ctx.shape))
-            block = empty_like(kept[0][0], sizes).zero_() if block is None else block.clone()
+            if block is None:
+                block = empty_like(kept[0][0], dict(enumerate(ctx.shape))).zero_()
+            elif not owned:
+                block = block.clone()
             for gradient, index in kept:
-                block[index] += gradient
+                block[index].add_(gradient)
         return (None, block, *parts)
 
     @staticmethod
-    def _gradient(ctx: Any, reads: list[tuple[torch.Tensor, Any]]) -> torch.Tensor | None:
+    def _gradient(ctx: Any, reads: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor | None, bool]:
+        """The gradient of the region, and whether it is ours to add to: that of a read may be other nodes', too."""
         place: Placement = ctx.place
         if not reads:
-            return None
+            return None, True
         shape = [place.extent.get(dim, size) for dim, size in enumerate(ctx.shape)]
-        first, _ = reads[0]
-        if len(reads) == 1 and list(first.shape) == shape:
-            return first
-        total = empty_like(first, place.extent).zero_()
-        for gradient, index in reads:
-            total[index] += gradient
-        return total
+        whole = next((read for read in reads if list(read[0].shape) == shape), None)
+        if whole is None:
+            total = empty_like(reads[0][0], place.extent).zero_()
+        elif len(reads) == 1:
+            return whole[0], False
+        else:
+            total = whole[0].clone()
+        for read in reads:
+            if read is not whole:
+                gradient, index = read
+                total[index].add_(gradient)
+        return total, True

@@ -170,7 +170,7 @@ class Scan:
                     if output.value in graph.blocks
                 ]
                 roots += [(piece, sums.owed.pop(key)) for key, piece in graph.kept.items() if key in sums.owed]
-                sums.add(graph.gradients(roots, trained))
+                graph.backward(roots, trained, sums)
                 # Nothing of this tile shall be alive while the next one is computed.
                 del graph, roots
         for output, _ in given:

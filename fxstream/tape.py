@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -74,14 +73,6 @@ class Tape(Source):
         return leaf
 
 
-class Gradients(NamedTuple):
-    """Of what a tile has read."""
-
-    rows: list[tuple[Origin, torch.Tensor]]
-    whole: list[tuple[int, torch.Tensor]]
-    """By the tensor's slot."""
-
-
 @dataclass
 class TileGraph:
     """A tile that was computed with autograd."""
@@ -92,23 +83,29 @@ class TileGraph:
     kept: dict[Key, torch.Tensor]
     """What later tiles need."""
 
-    def gradients(self, roots: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: Sequence[int]) -> Gradients:
-        """From gradients of roots those of what was read; of tensors, only those in `slots`. Frees the graph."""
+    def backward(self, roots: Sequence[tuple[torch.Tensor, torch.Tensor]], slots: Sequence[int], sums: Sums) -> None:
+        """From gradients of roots, add those of what was read to `sums`; of tensors, only those in `slots`.
+
+        Each is added as soon as it is there, and then freed: together, those of the weights are as large as the model.
+        Frees the graph.
+        """
         pairs = zip(self.tape.leaves, self.tape.origins, strict=True)
-        leaves = [(leaf, origin) for leaf, origin in pairs if not isinstance(origin[0], int) or origin[0] in slots]
-        wanted = [*(leaf for leaf, _ in leaves), *(self.tape.tensors[slot] for slot in slots)]
+        wanted = [(leaf, origin) for leaf, origin in pairs if not isinstance(origin[0], int) or origin[0] in slots]
+        wanted += [(self.tape.tensors[slot], (slot, ())) for slot in slots]
         roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
         if not roots or not wanted:
-            return Gradients([], [])
+            return
         outputs, given = zip(*roots, strict=True)
-        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
-        rows = zip((origin for _, origin in leaves), found, strict=False)
-        whole = zip(slots, found[len(leaves) :], strict=True)
-        return Gradients([(o, g) for o, g in rows if g is not None], [(s, g) for s, g in whole if g is not None])
+        hooks = [leaf.register_post_accumulate_grad_hook(sums.adding(origin)) for leaf, origin in wanted]
+        try:
+            torch.autograd.backward(outputs, given, inputs=[leaf for leaf, _ in wanted])
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Sums:
-    """Running sums of gradients, each from zeros of its own: what autograd returns may be shared."""
+    """Running sums of gradients, each from zeros of its own: what autograd computes may be shared."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], pieces: Mapping[Key, torch.Tensor]):
         self._tensors = tensors
@@ -117,17 +114,18 @@ class Sums:
         self.owed: dict[Key, torch.Tensor] = {}
         """What later tiles owe to the pieces of earlier ones."""
 
-    def add(self, found: Gradients) -> None:
-        for (origin, index), gradient in found.rows:
-            if isinstance(origin, int):
-                total = self._total(origin)[index]
-                total += gradient.to(total.device)
-            else:
-                if origin not in self.owed:
-                    self.owed[origin] = torch.zeros_like(self._pieces[origin])
-                self.owed[origin][index] += gradient
-        for slot, gradient in found.whole:
-            self._total(slot).add_(gradient)
+    def adding(self, origin: Origin) -> Callable[[torch.Tensor], None]:
+        """A hook that moves the gradient of a leaf to the sum for its origin."""
+        source, index = origin
+
+        def add(leaf: torch.Tensor) -> None:
+            if leaf.grad is None:
+                return  # the engine calls hooks for gradients that are not defined, too
+            total = self._total(source) if isinstance(source, int) else self._owed(source)
+            total[index].add_(leaf.grad.to(total.device))
+            leaf.grad = None
+
+        return add
 
     def of_tensors(self) -> list[torch.Tensor | None]:
         """The gradient of every tensor, None of one that has none."""
@@ -135,6 +133,11 @@ class Sums:
             self._totals[slot].to(tensor.dtype) if slot in self._totals else None
             for slot, tensor in enumerate(self._tensors)
         ]
+
+    def _owed(self, key: Key) -> torch.Tensor:
+        if key not in self.owed:
+            self.owed[key] = torch.zeros_like(self._pieces[key])
+        return self.owed[key]
 
     def _total(self, slot: int) -> torch.Tensor:
         """In float32 or better, since each tile may add to it.
