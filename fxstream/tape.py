@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .fetch import Region, Regions
 from .ops.totals import WIDE
@@ -96,12 +97,17 @@ class TileGraph:
         if not roots or not wanted:
             return
         outputs, given = zip(*roots, strict=True)
-        hooks = [leaf.register_post_accumulate_grad_hook(sums.adding(origin)) for leaf, origin in wanted]
+        hooks = [_hooked(leaf, sums.adding(origin)) for leaf, origin in wanted]
         try:
             torch.autograd.backward(outputs, given, inputs=[leaf for leaf, _ in wanted])
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _hooked(leaf: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Have `hook` called with the leaf whenever a gradient has been accumulated in it."""
+    return leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 class Sums:
