@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from .fetch import Region, Regions
 from .ops.totals import WIDE
@@ -97,17 +96,11 @@ class TileGraph:
         if not roots or not wanted:
             return
         outputs, given = zip(*roots, strict=True)
-        hooks = [_hooked(leaf, sums.adding(origin)) for leaf, origin in wanted]
-        try:
+        with ExitStack() as hooks:
+            for leaf, origin in wanted:
+                hook = leaf.register_post_accumulate_grad_hook(sums.adding(origin))  # type: ignore[no-untyped-call]  # torch has no types for it
+                hooks.enter_context(hook)
             torch.autograd.backward(outputs, given, inputs=[leaf for leaf, _ in wanted])
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _hooked(leaf: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
-    """Have `hook` called with the leaf whenever a gradient has been accumulated in it."""
-    return leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 class Sums:
