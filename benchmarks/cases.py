@@ -85,6 +85,13 @@ def _convnext() -> Network:
     return _classifier(_flat(torchvision.models.convnext_tiny().features), 768)
 
 
+def _densenet() -> Network:
+    import torchvision
+
+    features = torchvision.models.densenet121().features
+    return _classifier(nn.Sequential(*features, nn.ReLU()), 1024)
+
+
 def _classifier(trunk: nn.Module, channels: int) -> Network:
     return Network(trunk, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)))
 
@@ -103,5 +110,6 @@ MODELS: dict[str, Callable[[], Network]] = {
     "resnet34": lambda: _resnet("resnet34"),
     "resnet50": lambda: _resnet("resnet50"),
     "convnext_tiny": _convnext,
+    "densenet121": _densenet,
     "unet": lambda: Network(UNet(), nn.Conv2d(16, 2, 1)),
 }

@@ -1,4 +1,5 @@
-"""Conventional PyTorch, checkpointing, lightstream and fxstream, side by side: time, memory, and what can be counted.
+"""Conventional PyTorch, checkpointing, lightstream, and fxstream without and with a memory budget, side by side: time,
+memory, and what can be counted.
 
     python benchmarks/compare.py --models resnet18 --sizes 1024 2048 --tiles 256 512 --repeats 3
 
@@ -36,7 +37,7 @@ from measure import environment
 from report import notes, plot, table
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from ways import TILED, WAYS
+from ways import SAME_INFERENCE, TILED, WAYS
 
 MEASURED = ("seconds", "peak_bytes")
 COUNTED = ("flops", "live_bytes", "held_bytes")
@@ -149,7 +150,7 @@ def groups(options: argparse.Namespace) -> Iterator[list[Case]]:
                 yield [
                     Case(model, size, mode, way, tile)
                     for way in options.ways
-                    if not (way == "checkpoint" and mode == "inference")  # which is conventional
+                    if not (way in SAME_INFERENCE and mode == "inference")
                     for tile in ([tile for tile in options.tiles if tile < size] if way in TILED else [None])
                 ]
 

@@ -62,12 +62,20 @@ def _checkpointed(block: nn.Sequential):
 
 
 class Fxstream(Conventional):
+    memory_budget: str | None = None
+
     def __init__(self, network: Network, tile: int | None):
         import fxstream  # as a user of another way has not
 
         super().__init__(network, tile)
-        self.network = fxstream.convert(network, tile)
+        self.network = fxstream.convert(network, tile, memory_budget=self.memory_budget)
         self.small = math.ceil(1.25 * tile / 32) * 32  # what a U-Net, too, can halve and double again
+
+
+class Budgeted(Fxstream):
+    """With a memory budget that the graphs of all tiles fit in: nothing is computed twice."""
+
+    memory_budget = "1TiB"
 
 
 class Lightstream(Conventional):
@@ -155,5 +163,8 @@ WAYS: dict[str, type[Conventional]] = {
     "checkpoint": Checkpoint,
     "lightstream": Lightstream,
     "fxstream": Fxstream,
+    "budgeted": Budgeted,
 }
-TILED = ("lightstream", "fxstream")
+TILED = ("lightstream", "fxstream", "budgeted")
+SAME_INFERENCE = ("checkpoint", "budgeted")
+"""Ways that differ from another one in training alone."""

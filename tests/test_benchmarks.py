@@ -35,19 +35,21 @@ def bench(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_training(tmp_path: Path) -> None:
-    found = bench(tmp_path, "--sizes", "160", "--tiles", "32", "--ways", "conventional", "fxstream")
+    found = bench(tmp_path, "--sizes", "160", "--tiles", "32", "--ways", "conventional", "fxstream", "budgeted")
     assert found["environment"]["threads"] == 1
     assert found["environment"]["variables"]["OMP_NUM_THREADS"] == "1"
     assert {"torch", "lightstream"} <= set(found["environment"]["versions"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000
-    plain, streamed = found["cases"]
-    assert [case["label"] for case in found["cases"]] == ["conventional", "fxstream, tile 32"]
+    plain, streamed, budgeted = found["cases"]
+    labels = ["conventional", "fxstream, tile 32", "budgeted, tile 32"]
+    assert [case["label"] for case in found["cases"]] == labels
     for case in found["cases"]:
         assert case["status"] == "ok", case["note"]
         assert all(case[key] > 0 for key in FIGURES)
         assert case["ratios"] == {key: case[key] / plain[key] for key in FIGURES}
     assert streamed["compared"]["error"] < 1e-10
     assert streamed["compared"]["untrained"] == 0
+    assert budgeted["flops"] == plain["flops"]
     case = {"model": "notebook", "size": 160, "mode": "inference", "way": "conventional"}
     forward = json.loads(python("measure.py", "counted", json.dumps(case)))
     assert forward["held_bytes"] is None
