@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
+from fxstream.live import LiveBytes
 
 
 def flops(function: Callable[[], Any]) -> int:
@@ -178,3 +179,13 @@ def test_memory_of_inference_is_released_as_the_scan_goes() -> None:
             output = converted(image)
         peaks.append(mode.peak - before - output.nbytes)
     assert peaks[1] <= 1.01 * peaks[0]
+
+
+def test_gradients_of_a_tile_s_weights_are_not_alive_all_at_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 128, 1), *(nn.Conv2d(128, 128, 3, padding=1) for _ in range(8)))
+    converted = fxstream.convert(model, 8)
+    image = torch.randn(1, 3, 16, 16)
+    sums = sum(parameter.nbytes for parameter in model.parameters())
+    with LiveBytes() as live:
+        converted(image).sum().backward()
+    assert live.peak < 1.5 * sums
