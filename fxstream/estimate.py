@@ -67,10 +67,10 @@ def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     call, tensors = streamed.prepare(*inputs)
     needs = working_set(call, tensors)
     converted._modules[name] = given = _Given(outputs)
-    head, result = _head(converted, image, given.leaves)
+    head, left = _head(converted, image, given.leaves)
     handed = sum(leaf.nbytes for leaf in given.leaves)
     # While the streamed part computes gradients, what it has handed over is gone, unless it is the model's result.
-    peak = handed + max(sum(needs) + result, needs.carried + head)
+    peak = handed + max(sum(needs) + left, needs.carried + head)
     tiles = sum(1 for _ in Scan(call, tensors).grid.tiles())
     return Estimate(tiles, flops, needs.carried, image.nbytes + peak)
 
@@ -92,14 +92,18 @@ def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor)
 
 
 def _head(converted: fx.GraphModule, image: torch.Tensor, given: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Bytes that the head makes, at most at a time; and those of its result that are there until the step ends."""
+    """Bytes that the head makes, at most at a time; and those of its result and of its parameters' gradients, which are
+    there until the step ends."""
     with LiveBytes() as live:
         result = converted(image)
-        if roots := _roots(result):
-            # Not accumulated in leaves, which would copy what is the gradient of an output itself.
-            wanted = [leaf for leaf in (*converted.parameters(), *given) if leaf.requires_grad]
-            torch.autograd.grad(roots, wanted, [torch.empty_like(root) for root in roots], allow_unused=True)
-    return int(live.peak), sum(leaf.nbytes for leaf in _tensors(result)) if roots else 0
+        roots = _roots(result)
+        if not roots:
+            return int(live.peak), 0
+        parameters = [parameter for parameter in converted.parameters() if parameter.requires_grad]
+        # Not accumulated in leaves, which would copy what is the gradient of an output itself.
+        wanted = [*parameters, *(leaf for leaf in given if leaf.requires_grad)]
+        found = torch.autograd.grad(roots, wanted, [torch.empty_like(root) for root in roots], allow_unused=True)
+    return int(live.peak), sum(leaf.nbytes for leaf in _tensors([result, found[: len(parameters)]]))
 
 
 def _roots(output: Any) -> list[torch.Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from .errors import StreamingError
 from .live import LiveBytes
 from .scan import Scan
 from .schedule import Grid
-from .tape import aliases
+from .tape import Sums, aliases
 
-STEPS, MOST_STEPS, REACH = 3, 8, 512
+STEPS, MOST_STEPS, REACH = 4, 8, 512
 """A part of the image with so many steps along each axis shows what a tile needs; with more, if steps are so small that
 deep values, which see hundreds of pixels, only get going after a few."""
 
@@ -62,12 +63,6 @@ def _part(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch
     return replace(call, shape=tuple(shape), settings=call.settings.tiled(tiles)), [part, *others]
 
 
-def _listed(tiles: list[LiveBytes]) -> LiveBytes:
-    """A counter for one tile, in a list of those of all."""
-    tiles.append(LiveBytes())
-    return tiles[-1]
-
-
 class _Sample:
     """A call, made on the meta device."""
 
@@ -83,13 +78,19 @@ class _Sample:
         self.dtypes = {value: piece.dtype for (value, _, _), piece in pieces.items()}
         gradients = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
         backward = Scan(self.scan.call, aliases(tensors, [tensor.requires_grad for tensor in tensors]))
-        tiles: list[LiveBytes] = []
+        peaks: list[int] = []
+
+        @contextmanager
+        def counting(sums: Sums) -> Iterator[None]:
+            # Earlier tiles have made these, for all that follow.
+            made = sums.nbytes
+            with LiveBytes() as live:
+                yield
+            peaks.append(made + int(live.peak))
+
         with torch.no_grad():
-            found = backward.backward(states, pieces, {}, gradients, around=lambda: _listed(tiles))
-        # The first tile makes the sums of gradients that the others add to.
-        first, *others = (int(tile.peak) for tile in tiles)
-        sums = sum(gradient.nbytes for gradient in found if gradient is not None)
-        return max([first, *(peak + sums for peak in others)])
+            backward.backward(states, pieces, {}, gradients, around=counting)
+        return max(peaks)
 
     def _inference(self) -> int:
         with LiveBytes() as live:

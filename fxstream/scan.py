@@ -146,7 +146,7 @@ class Scan:
         pieces: Mapping[Key, torch.Tensor],
         graphs: dict[Tile, TileGraph],
         gradients: Sequence[torch.Tensor | None],
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        around: Callable[[Sums], AbstractContextManager[object]] = nullcontext,
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be leaves of their own.
 
@@ -162,7 +162,7 @@ class Scan:
         tiles = list(self.grid.tiles())[::-1]
         fetched = self._fetch([tile for tile in tiles if tile not in graphs])
         for tile in tiles:
-            with around():
+            with around(sums):
                 graph = graphs.pop(tile) if tile in graphs else self._graph(tile, next(fetched), pieces)
                 roots = [
                     (graph.blocks[output.value], self._root(output, tile, graph.blocks[output.value], gradient))

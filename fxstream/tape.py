@@ -126,6 +126,11 @@ class Sums:
 
         return add
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums for tensors."""
+        return sum(total.nbytes for total in self._totals.values())
+
     def of_tensors(self) -> list[torch.Tensor | None]:
         """The gradient of every tensor, None of one that has none."""
         return [
