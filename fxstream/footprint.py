@@ -13,7 +13,7 @@ import torch
 from .call import Call
 from .errors import StreamingError
 from .live import LiveBytes
-from .scan import Scan
+from .scan import Forward, Scan
 from .schedule import Grid
 from .tape import Sums, aliases
 
@@ -69,13 +69,13 @@ class _Sample:
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor], trains: bool):
         self.trains = trains
         self.scan = Scan(call, tensors)
-        self.dtypes: dict[int, torch.dtype] = {}
-        self.tile = self._training() if trains else self._inference()
+        kept = self.scan.forward(keep=True)
+        self.dtypes = {value: piece.dtype for (value, _, _), piece in kept.pieces.items()}
+        self.tile = self._training(kept) if trains else self._inference()
 
-    def _training(self) -> int:
+    def _training(self, kept: Forward) -> int:
         tensors = self.scan.tensors
-        results, states, pieces, _ = self.scan.forward(keep=True)
-        self.dtypes = {value: piece.dtype for (value, _, _), piece in pieces.items()}
+        results, states, pieces, _ = kept
         gradients = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
         backward = Scan(self.scan.call, aliases(tensors, [tensor.requires_grad for tensor in tensors]))
         peaks: list[int] = []
@@ -94,8 +94,7 @@ class _Sample:
 
     def _inference(self) -> int:
         with LiveBytes() as live:
-            results, _, pieces, _ = self.scan.forward(keep=False)
-        self.dtypes = {value: piece.dtype for (value, _, _), piece in pieces.items()}
+            results = Scan(self.scan.call, self.scan.tensors).forward(keep=False).results
         return int(live.peak) - sum(result.nbytes for result in results) - self.carried(self.scan.grid)
 
     def carried(self, grid: Grid) -> int:

@@ -21,8 +21,9 @@ from .lower import Step, label, leaves, program
 from .noise import draw
 from .ops import Noise, Sliced, Total, Totals
 from .outputs import Accumulated, Output, Whole
+from .pieces import Key, Pieces
 from .schedule import Index, Tile, readers
-from .tape import Budget, Key, Source, Sums, Tape, TileGraph, aliases
+from .tape import Budget, Source, Sums, Tape, TileGraph, aliases
 
 
 class Forward(NamedTuple):
@@ -84,29 +85,24 @@ class Scan:
 
     def forward(self, keep: bool) -> Forward:
         """Compute the outputs and, with `keep`, have what the backward scan needs."""
-        pieces: dict[Key, torch.Tensor] = {}
+        pieces = Pieces(self.call.device, self.tensors[0].device, keep)
         graphs: dict[Tile, TileGraph] = {}
-        expiring: dict[Tile, list[Key]] = {}
         budget = Budget(self.call.settings.memory_budget if keep else 0, self.tensors)
         recording = self._on_aliases() if budget.left else self
         tiles = list(self.grid.tiles())
-        previous: Tile = ()
         with torch.no_grad(), self.call.autocasting():
             for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
-                if not keep:
-                    _drop_expired(pieces, expiring, previous, tile)
-                previous = tile
                 if budget.left:
-                    computed = self._afforded(recording._graph, budget, graphs, tile, regions, pieces)
+                    computed = self._afforded(recording._graph, budget, graphs, tile, regions, pieces.held)
                 else:
-                    computed = self._tile(tile, Source(self.tensors, regions, pieces), stitch)
-                self._take(tile, *computed, pieces, expiring)
+                    computed = self._tile(tile, Source(self.tensors, self.call.device, regions, pieces.held), stitch)
+                self._take(tile, *computed, pieces)
                 # Nothing of this tile shall be alive while the next one is computed.
                 del computed
-            outputs = self.outputs.values()
-            return Forward(
-                tuple(output.result() for output in outputs), [output.state for output in outputs], pieces, graphs
-            )
+                pieces.expire(tile)
+            pieces.settle()
+            results = tuple(output.result() for output in self.outputs.values())
+        return Forward(results, [output.state for output in self.outputs.values()], pieces.held, graphs)
 
     def _afforded(
         self,
@@ -129,16 +125,14 @@ class Scan:
         tile: Tile,
         blocks: Mapping[int, torch.Tensor],
         kept: Mapping[Key, torch.Tensor],
-        pieces: dict[Key, torch.Tensor],
-        expiring: dict[Tile, list[Key]],
+        pieces: Pieces,
     ) -> None:
         """Give the blocks of a tile to the outputs, and file what later tiles need."""
         for output in self.outputs.values():
             if output.value in blocks:
                 output.add(self._fresh(output.value, tile), blocks[output.value].detach())
         for key, piece in kept.items():
-            pieces[key] = piece.detach().clone()
-            expiring.setdefault(self.grid.expiry(*key), []).append(key)
+            pieces.add(key, piece, self.grid.expiry(*key))
 
     def backward(
         self,
@@ -188,7 +182,7 @@ class Scan:
 
     def _graph(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> TileGraph:
         """Compute a tile with autograd."""
-        tape = Tape(self.tensors, regions, pieces, self.differentiable)
+        tape = Tape(self.tensors, self.call.device, regions, pieces, self.differentiable)
         with torch.enable_grad(), self.call.autocasting():
             return TileGraph(tape, *self._tile(tile, tape, Stitch.apply))
 
@@ -311,11 +305,3 @@ def _as_size(result: Any) -> Any:
     """A shape that is handed to the head, as the torch.Size that it would be there."""
     sizes = isinstance(result, tuple) and all(type(size) in (int, Extent) for size in result)
     return torch.Size(map(int, result)) if sizes else result
-
-
-def _drop_expired(pieces: dict[Key, Any], expiring: dict[Tile, list[Key]], previous: Tile, tile: Tile) -> None:
-    """Forget the pieces that no tile from `tile` on reads: those filed under a beginning that it has left behind."""
-    for depth in range(1, len(previous) + 1):
-        if previous[:depth] != tile[:depth]:
-            for key in expiring.pop(previous[:depth], ()):
-                del pieces[key]

@@ -281,8 +281,9 @@ class Grid:
         return tuple(step - ago for step, ago in zip(tile, offset, strict=True))
 
     def expiry(self, value: int, tile: Tile, piece: int) -> Tile:
-        """The beginning of the index of the last tiles that may read a piece of `tile`."""
-        return (*tile[:piece], max(tile[piece], self.axes[piece].last[value][tile[piece]]))
+        """The last tile that may read a piece of `tile`."""
+        last = (max(step, axis.last[value][step]) for axis, step in zip(self.axes[piece:], tile[piece:], strict=True))
+        return (*tile[:piece], *last)
 
     def carried(self, value: int) -> int:
         """Positions of `value` in all pieces together, along streamed axes: all but those that no axis carries."""

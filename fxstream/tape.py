@@ -10,10 +10,9 @@ import torch
 
 from .fetch import Region, Regions
 from .ops.totals import WIDE
-from .schedule import Index, Tile
+from .pieces import Key
+from .schedule import Index
 
-Key = tuple[int, Tile, int]
-"""A kept piece: value, tile, piece."""
 Origin = tuple["int | Key", Index]
 """Where rows come from: the tensor's slot or the piece's key, and which rows of it."""
 
@@ -29,8 +28,10 @@ class Source:
 
     tensors: Sequence[torch.Tensor]
     """Those of the call, the image first."""
+    device: torch.device
+    """Where the tile is computed."""
     regions: Regions
-    """Of the image, on the device that computes."""
+    """Of the image, there."""
     pieces: Mapping[Key, torch.Tensor]
 
     def image(self, region: Region, index: Index) -> torch.Tensor:
@@ -40,7 +41,8 @@ class Source:
         return self.tensors[slot][index]
 
     def piece(self, key: Key, index: Index) -> torch.Tensor:
-        return self.pieces[key][index]
+        # Whole: only what is contiguous is copied without the host's doing.
+        return self.pieces[key].to(self.device, non_blocking=True)[index]
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Sums:
         def add(leaf: torch.Tensor) -> None:
             if leaf.grad is None:
                 return  # the engine calls hooks for gradients that are not defined, too
-            total = self._total(source) if isinstance(source, int) else self._owed(source)
+            total = self._total(source) if isinstance(source, int) else self._owed(source, leaf.device)
             total[index].add_(leaf.grad.to(total.device))
             leaf.grad = None
 
@@ -138,9 +140,9 @@ class Sums:
             for slot, tensor in enumerate(self._tensors)
         ]
 
-    def _owed(self, key: Key) -> torch.Tensor:
+    def _owed(self, key: Key, device: torch.device) -> torch.Tensor:
         if key not in self.owed:
-            self.owed[key] = torch.zeros_like(self._pieces[key])
+            self.owed[key] = torch.zeros_like(self._pieces[key], device=device)
         return self.owed[key]
 
     def _total(self, slot: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The image on another device than the model: which regions are fetched, when, and that they are the right ones."""
+"""The image on another device than the model: which regions are fetched, when, and that they are the right ones; which
+carries wait there for the backward pass, and from when on."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from itertools import chain
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import fxstream
 from fxstream.fetch import Region, Regions, fetch
+from fxstream.pieces import Pieces
+from fxstream.schedule import Tile
 from fxstream.testing import relative_error
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -98,6 +102,47 @@ def test_every_region_is_fetched_once_a_pass(fetched: list[Sequence[Sequence[Reg
     assert covered.all()
 
 
+class Deep(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 5, padding=2), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.Conv2d(6, 5, 3)
+        )
+
+
+def test_carries_leave_the_device_as_soon_as_no_tile_of_the_forward_pass_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored: list[torch.Tensor] = []
+    on_device: list[int] = []
+
+    def elsewhere(rows: torch.Tensor, home: torch.device) -> torch.Tensor:
+        """As if it were on another device: nobody reads it where it was."""
+        stored.append(rows.clone())
+        rows.fill_(torch.nan)
+        return stored[-1]
+
+    class Watched(Pieces):
+        def expire(self, tile: Tile) -> None:
+            super().expire(tile)
+            away = {id(rows) for rows in stored}
+            on_device.append(sum(rows.nbytes for rows in self.held.values() if id(rows) not in away))
+
+    monkeypatch.setattr("fxstream.pieces.store", elsewhere)
+    monkeypatch.setattr("fxstream.scan.Pieces", Watched)
+    model = Deep().double()
+    image = torch.randn(2, 3, 253, 247, dtype=torch.float64, requires_grad=True)
+    converted = fxstream.convert(copy.deepcopy(model), (16, 20))
+    output, expected = converted(image), model(image)
+    found = torch.autograd.grad(output.square().sum(), [image, *converted.parameters()])
+    wanted = torch.autograd.grad(expected.square().sum(), [image, *model.parameters()])
+    assert all(relative_error(one, other) < 1e-10 for one, other in zip(found, wanted, strict=True))
+    analysis = fxstream.analyze(model)
+    with torch.no_grad():
+        at_a_time = analysis.estimate(image.shape, (16, 20)).carried_bytes
+    # As predicted for a pass that keeps nothing, but for the corners of tiles.
+    assert 0 < max(on_device) <= 1.1 * at_a_time < analysis.estimate(image.shape, (16, 20)).carried_bytes / 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("image_grad", [True, False])
 def test_an_image_in_host_memory_and_a_model_on_the_gpu(image_grad: bool) -> None:
@@ -115,3 +160,21 @@ def test_an_image_in_host_memory_and_a_model_on_the_gpu(image_grad: bool) -> Non
         assert not image_grad or found[0].device == image.device
         for one, other in zip(found, wanted, strict=True):
             assert relative_error(one.cpu(), other.cpu()) < 1e-10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_carries_wait_in_host_memory_if_the_image_is_there() -> None:
+    converted = fxstream.convert(Deep().cuda(), (16, 20))
+    saved: list[torch.Tensor] = []
+
+    def seen(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    image = torch.randn(1, 3, 253, 247)
+    with saved_tensors_hooks(seen, lambda tensor: tensor):
+        converted(image)
+    ours = {tensor.data_ptr() for tensor in (image, *converted.parameters())}
+    carries = [tensor for tensor in saved if tensor.data_ptr() not in ours]
+    assert carries
+    assert all(rows.is_pinned() for rows in carries)

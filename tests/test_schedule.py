@@ -144,18 +144,17 @@ class Simulation:
 
     def run(self) -> None:
         for tile in self.grid.tiles():
-            self.forget_before(tile)
             waiting: dict[tuple[int, int], Labels] = {}
             for value in range(len(self.readers)):
                 block = self.compute(value, tile, waiting) if self.grid.runs(value, tile) else None
                 self.hand_on(value, tile, block, waiting)
             assert not waiting, "a read that nobody was waiting for"
+            self.forget_after(tile)
 
-    def forget_before(self, tile: Tile) -> None:
+    def forget_after(self, tile: Tile) -> None:
         """Drop every piece whose last reader has run. A later read of it fails with a KeyError."""
         for key in list(self.pieces):
-            expiry = self.grid.expiry(*key)
-            if expiry < tile[: len(expiry)]:
+            if self.grid.expiry(*key) == tile:
                 del self.pieces[key]
 
     def compute(self, value: int, tile: Tile, waiting: dict[tuple[int, int], Labels]) -> Labels:
@@ -396,8 +395,9 @@ def test_a_corner_is_kept_once_and_a_piece_no_longer_than_its_axis_needs_it() ->
     grid = Grid((axis, axis))
     # Of the 4 x 4 block the last two rows and the last two columns; their corner goes with the rows.
     assert grid.layout(0, (0, 0)).keeps == ((0, (slice(2, 4), slice(0, 4))), (1, (slice(0, 2), slice(2, 4))))
-    # Rows wait for the next row of tiles, all of it; columns for the next tile of the same row.
-    assert grid.expiry(0, (0, 0), 0) == (1,)
+    # Rows wait for the tile below, and the one beside that, which still reads two of their columns; columns for the
+    # next tile of the same row.
+    assert grid.expiry(0, (0, 0), 0) == (1, 1)
     assert grid.expiry(0, (0, 0), 1) == (0, 1)
 
 
