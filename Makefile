@@ -21,7 +21,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/bench
-	$(BIN)/python benchmarks/compare.py --models resnet18 --sizes 4096 --tiles 256 512
+	$(BIN)/python benchmarks/compare.py --models resnet18 --ways conventional fxstream --sizes 4096 --tiles 256 384 512 --repeats 2
 
 .venv/test .venv/examples .venv/bench: .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
             nn.Conv2d(3, 16, 4, 4),
             nn.ReLU(),
             nn.Conv2d(16, 512, 8, 8),
-            *(nn.Conv2d(512, 512, 3, padding=1) for _ in "abc"),
+            *(nn.Conv2d(512, 512, 3, padding=1) for _ in range(3)),
         ),
         (1, 3, 640, 512),
         64,
