@@ -108,7 +108,7 @@ def _status(key: str) -> int:
 
 def counted(case: Case) -> dict[str, int | None]:
     """FLOPs of a step; bytes of live tensors: at most, and between forward and backward, the image aside."""
-    from fxstream.live import LiveBytes  # not where time and memory are measured
+    from fxstream.memory.live import LiveBytes  # not where time and memory are measured
 
     way = build(case)
     held = None

@@ -1,7 +1,6 @@
 """Exact streaming of convolutional networks over images too large for memory."""
 
-from .analysis import Analysis, Finding
-from .convert import analyze, convert
+from .conversion import analyze, convert
 from .errors import (
     AttributeChangedError,
     BatchNormModeError,
@@ -21,8 +20,9 @@ from .errors import (
     WrappedModelError,
 )
 from .estimate import Estimate
+from .graph.prefix import Analysis, Finding
+from .graph.receptive_field import ReceptiveField
 from .ops import register
-from .receptive_field import ReceptiveField
 
 __all__ = [
     "Analysis",

@@ -12,15 +12,15 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .analysis import Analysis
-from .checks import check_image
-from .convert import convert
+from .conversion import convert
 from .errors import StreamingWarning
-from .footprint import working_set
-from .live import LiveBytes
-from .mirror import on_meta, tensor_on_meta
-from .scan import Scan
-from .stream import Streamed
+from .graph.prefix import Analysis
+from .memory.footprint import working_set
+from .memory.live import LiveBytes
+from .model.streamed import Streamed
+from .scan.checks import check_image
+from .scan.mirror import on_meta, tensor_on_meta
+from .scan.tiles import Scan
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from .axes import SPATIAL_NAMES
-from .convert import convert, plan
+from .conversion import convert, plan
+from .geometry.axes import SPATIAL_NAMES
+from .model.streamed import Streamed
 from .ops import rule_for
-from .stream import Streamed
 
 __all__ = ["check_op", "compare", "head", "relative_error"]
 

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
-from fxstream.stream import Streamed
+from fxstream.model.streamed import Streamed
 from fxstream.testing import compare, head
 
 

@@ -13,7 +13,7 @@ from reference import assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
-from fxstream.axes import Dim, Extent, Symbol, Value, reshaped
+from fxstream.geometry.axes import Dim, Extent, Symbol, Value, reshaped
 from fxstream.testing import compare
 
 BATCH = (2, None, None, None)

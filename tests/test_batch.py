@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 
 import fxstream
-from fxstream.convert import plan
+from fxstream.conversion import plan
 from fxstream.testing import compare, head
 
 BAG, CHUNK = 500, (64, None, None, None)  # the last chunk is smaller

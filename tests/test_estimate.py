@@ -12,7 +12,7 @@ from test_work import flops
 from torch import nn
 
 import fxstream
-from fxstream.live import LiveBytes
+from fxstream.memory.live import LiveBytes
 
 
 class UNet(nn.Module):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fxstream
-from fxstream.fetch import Region, Regions, fetch
-from fxstream.pieces import Pieces
-from fxstream.schedule import Tile
+from fxstream.geometry.schedule import Tile
+from fxstream.scan.fetch import Region, Regions, fetch
+from fxstream.scan.pieces import Pieces
 from fxstream.testing import relative_error
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -61,7 +61,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Sequence[Region]]]
         for regions in fetch(cut, source, target, plan):
             yield {region: rows.clone() for region, rows in regions.items()}
 
-    monkeypatch.setattr("fxstream.scan.fetch", recording)
+    monkeypatch.setattr("fxstream.scan.tiles.fetch", recording)
     return plans
 
 
@@ -127,8 +127,8 @@ def test_carries_leave_the_device_as_soon_as_no_tile_of_the_forward_pass_reads_t
             away = {id(rows) for rows in stored}
             on_device.append(sum(rows.nbytes for rows in self.held.values() if id(rows) not in away))
 
-    monkeypatch.setattr("fxstream.pieces.store", elsewhere)
-    monkeypatch.setattr("fxstream.scan.Pieces", Watched)
+    monkeypatch.setattr("fxstream.scan.pieces.store", elsewhere)
+    monkeypatch.setattr("fxstream.scan.tiles.Pieces", Watched)
     model = Deep().double()
     image = torch.randn(2, 3, 253, 247, dtype=torch.float64, requires_grad=True)
     converted = fxstream.convert(copy.deepcopy(model), (16, 20))

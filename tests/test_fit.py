@@ -11,7 +11,7 @@ from test_work import flops
 from torch import nn
 
 import fxstream
-from fxstream.live import LiveBytes
+from fxstream.memory.live import LiveBytes
 from fxstream.testing import compare
 
 MIB = 2**20
@@ -79,7 +79,7 @@ def test_inference_needs_less() -> None:
 
 
 def test_it_is_chosen_once_for_images_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxstream import stream
+    from fxstream.model import streamed as stream
 
     chosen: list[Any] = []
     monkeypatch.setattr(stream, "fitted", lambda call, tensors: chosen.append(call.shape) or call.settings)

@@ -20,10 +20,10 @@ from reference import assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
-from fxstream.analysis import Analysis, Finding, image_node
-from fxstream.axes import axis_names
+from fxstream.geometry.axes import axis_names
+from fxstream.graph.prefix import Analysis, Finding, image_node
+from fxstream.graph.trace import trace
 from fxstream.testing import head
-from fxstream.trace import trace
 
 LONG = 68
 """Positions along the axis in question, which halves exactly; no window here is as large."""

@@ -25,13 +25,13 @@ from torchvision.models import swin_transformer
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
 
 import fxstream
-from fxstream.axes import Value
+from fxstream.geometry.axes import Value
+from fxstream.geometry.window import Sliding, Span
+from fxstream.graph.trace import trace
 from fxstream.ops import Local, pointwise, register
 from fxstream.ops.border import fit
 from fxstream.ops.registry import _RULES
 from fxstream.testing import _as_module, check_op
-from fxstream.trace import trace
-from fxstream.window import Sliding, Span
 
 LINE = (2, 4, 13)
 PLANE = (3, 4, 7, 6)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxstream.schedule import Axis, Grid, Index, Program, SizeError, Tile, readers, schedule
-from fxstream.window import IDENTITY, Border, Sliding, Span, Transposed, Window
+from fxstream.geometry.schedule import Axis, Grid, Index, Program, SizeError, Tile, readers, schedule
+from fxstream.geometry.window import IDENTITY, Border, Sliding, Span, Transposed, Window
 
 Labels = npt.NDArray[np.int64]
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxstream import window as window_module
-from fxstream.window import IDENTITY, Border, Sliding, Span
+from fxstream.geometry import window as window_module
+from fxstream.geometry.window import IDENTITY, Border, Sliding, Span
 
 BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate")
 TORCH_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}

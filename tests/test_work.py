@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
-from fxstream.live import LiveBytes
+from fxstream.memory.live import LiveBytes
 
 
 def flops(function: Callable[[], Any]) -> int:

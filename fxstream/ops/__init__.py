@@ -3,8 +3,8 @@
 Importing this package registers the built-in rules. docs/your_own_op.md shows how to write one.
 """
 
-from ..axes import Dim, Value
-from ..window import Sliding, Span, Transposed, Window
+from ..geometry.axes import Dim, Value
+from ..geometry.window import Sliding, Span, Transposed, Window
 from . import (
     attention,
     channels,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Symbol, Value
+from ..geometry.axes import Symbol, Value
 from .products import batch_labels, product, rank_of, unknown
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..window import Border, Span
+from ..geometry.window import Border, Span
 
 MODES: dict[Border, str] = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 """What torch.nn.functional.pad calls a border."""

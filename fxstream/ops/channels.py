@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Symbol, Value
+from ..geometry.axes import Symbol, Value
 from .registry import Answer, Local, NotLocal, register
 
 

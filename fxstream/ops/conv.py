@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value
 from ..errors import InputError
-from ..window import IDENTITY, Border, Sliding, Span, Transposed, Window
+from ..geometry.axes import Dim, Symbol, Value
+from ..geometry.window import IDENTITY, Border, Sliding, Span, Transposed, Window
 from .border import MODES, fit
 from .registry import Answer, Local, NotLocal, Unknown, register
 

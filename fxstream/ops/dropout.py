@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Value
+from ..geometry.axes import Dim, Value
 from .pointwise import pointwise
 from .registry import Answer, Local, Noise, NotLocal, register
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..axes import Dim, Extent, Size, Symbol, Value
-from ..window import IDENTITY, Sliding, Span, Table, Window
+from ..geometry.axes import Dim, Extent, Size, Symbol, Value
+from ..geometry.window import IDENTITY, Sliding, Span, Table, Window
 from .border import fit
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Value
 from ..errors import BatchNormModeError, InputError
+from ..geometry.axes import Value
 from .registry import Local, NotLocal, Unknown, register
 
 _FREEZE = "call .eval() on it, or convert with freeze_batchnorm=True"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Size, Symbol, Value
-from ..window import Border, Sliding, Span, Window
+from ..geometry.axes import Size, Symbol, Value
+from ..geometry.window import Border, Sliding, Span, Window
 from .border import MODES, fit
 from .registry import Local, NotLocal, register
 

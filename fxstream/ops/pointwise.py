@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value, broadcast
+from ..geometry.axes import Dim, Symbol, Value, broadcast
 from .registry import Local, NotLocal, Sliced, Unknown, register
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Symbol, Value
-from ..window import Sliding, Span
+from ..geometry.axes import Symbol, Value
+from ..geometry.window import Sliding, Span
 from .border import fit
 from .conv import image_problem, per_axis
 from .registry import Local, NotLocal, register

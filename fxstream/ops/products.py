@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Size, Symbol, Value
+from ..geometry.axes import Dim, Size, Symbol, Value
 from .channels import of_image, spanning
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..axes import Dim, Value
+from ..geometry.axes import Dim, Value
 from .channels import spanning
 from .pointwise import pointwise
 from .registry import Answer, Local, NotLocal, Total, Unknown, register

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..axes import Deferred, Dim, NotKnownError, Value
-from ..window import IDENTITY, Window
+from ..geometry.axes import Deferred, Dim, NotKnownError, Value
+from ..geometry.window import IDENTITY, Window
 from .totals import Reduction
 
 Target = type | Callable[..., Any] | str

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value
 from ..errors import InputError
-from ..window import Span, Table, Window
+from ..geometry.axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value
+from ..geometry.window import Span, Table, Window
 from .registry import Answer, Local, NotLocal, Unknown, register
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, is_extent, reshaped
-from ..axes import product as product_of
+from ..geometry.axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, is_extent, reshaped
+from ..geometry.axes import product as product_of
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
 

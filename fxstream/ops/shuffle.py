@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value
-from ..window import Sliding, Span, Transposed
+from ..geometry.axes import Dim, Symbol, Value
+from ..geometry.window import Sliding, Span, Transposed
 from .border import fit
 from .conv import image_problem
 from .registry import Answer, Local, NotLocal, register

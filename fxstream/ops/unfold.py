@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Dim, Symbol, Value
-from ..window import IDENTITY, Sliding, Span, Window
+from ..geometry.axes import Dim, Symbol, Value
+from ..geometry.window import IDENTITY, Sliding, Span, Window
 from .border import fit
 from .conv import per_axis
 from .registry import Answer, Local, NotLocal, register

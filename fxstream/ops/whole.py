@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from ..axes import Symbol, Value
+from ..geometry.axes import Symbol, Value
 from .registry import Answer, Local, NotLocal, Total, register
 from .totals import First, Sum
 

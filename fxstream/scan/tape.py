@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..geometry.schedule import Index
+from ..ops.totals import WIDE
 from .fetch import Region, Regions
-from .ops.totals import WIDE
 from .pieces import Key
-from .schedule import Index
 
 Origin = tuple["int | Key", Index]
 """Where rows come from: the tensor's slot or the piece's key, and which rows of it."""

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from .analysis import Analysis, image_names, image_node
-from .checks import is_sharded
 from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
-from .lower import spatial_axes
-from .partition import partition
-from .settings import AUTO, Settings, parse, parse_bytes
-from .stream import Streamed
-from .trace import Trace, trace
-from .tree import Converted
+from .graph.answers import spatial_axes
+from .graph.partition import partition
+from .graph.prefix import Analysis, image_names, image_node
+from .graph.trace import Trace, trace
+from .model.converted import Converted
+from .model.streamed import Streamed
+from .scan.checks import is_sharded
+from .scan.settings import AUTO, Settings, parse, parse_bytes
 
 
 def convert(

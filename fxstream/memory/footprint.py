@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from .call import Call
-from .errors import StreamingError
+from ..errors import StreamingError
+from ..geometry.schedule import Grid
+from ..scan.call import Call
+from ..scan.tape import Sums, aliases
+from ..scan.tiles import Forward, Scan
 from .live import LiveBytes
-from .scan import Forward, Scan
-from .schedule import Grid
-from .tape import Sums, aliases
 
 STEPS, MOST_STEPS, REACH = 4, 8, 512
 """A part of the image with so many steps along each axis shows what a tile needs; with more, if steps are so small that

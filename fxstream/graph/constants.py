@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .ops import Unknown
+from ..ops import Unknown
 
 
 class Constants:

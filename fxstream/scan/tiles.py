@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_map
 
-from .axes import Extent, Value
+from ..errors import StreamingError
+from ..geometry.axes import Extent, Value
+from ..geometry.schedule import Index, Tile, readers
+from ..graph.answers import Step, label, leaves, program
+from ..ops import Noise, Sliced, Total, Totals
 from .call import Call
 from .carry import Placement, Stitch, index_of, stitch
-from .errors import StreamingError
 from .fetch import Region, Regions, fetch
-from .lower import Step, label, leaves, program
 from .noise import draw
-from .ops import Noise, Sliced, Total, Totals
 from .outputs import Accumulated, Output, Whole
 from .pieces import Key, Pieces
-from .schedule import Index, Tile, readers
 from .tape import Budget, Source, Sums, Tape, TileGraph, aliases
 
 

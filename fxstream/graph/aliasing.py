@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
-from .lower import label
-from .ops import NotLocal
+from ..ops import NotLocal
+from .answers import label
 
 Homes = frozenset["fx.Node | str"]
 _WAY_OUT = "use the out-of-place form"

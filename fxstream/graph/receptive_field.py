@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import networkx as nx
 
-from .window import Window
+from ..geometry.window import Window
 
 
 @dataclass(frozen=True)

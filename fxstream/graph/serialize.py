@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from .lower import modules_around
+from .answers import modules_around
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .errors import MemoryBudgetError, TileShapeError
+from ..errors import MemoryBudgetError, TileShapeError
 
 TileShape = tuple[int | None, ...]
 AUTO = "auto"

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from .call import Call
-from .errors import MemoryBudgetError
+from ..errors import MemoryBudgetError
+from ..scan.call import Call
+from ..scan.mirror import tensor_on_meta
+from ..scan.settings import Settings
 from .footprint import working_set
-from .mirror import tensor_on_meta
-from .settings import Settings
 
 LEAST = 128
 """Pixels along the edge of the smallest tile: smaller ones carry more than they save, and take long."""

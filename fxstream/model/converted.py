@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .mirror import mirror_registries
-from .serialize import dump_graph, load_graph
-from .settings import AUTO, parse_bytes
-from .stream import Streamed
+from ..graph.serialize import dump_graph, load_graph
+from ..scan.mirror import mirror_registries
+from ..scan.settings import AUTO, parse_bytes
+from .streamed import Streamed
 
 
 class Converted(fx.GraphModule):

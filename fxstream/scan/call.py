@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .axes import Dim, Value
-from .errors import NotLocalError
-from .lower import Lowered, Step, label, lower, program
+from ..errors import NotLocalError
+from ..geometry.axes import Dim, Value
+from ..geometry.schedule import Grid, SizeError, schedule
+from ..graph.answers import Lowered, Step, label, lower, program
 from .mirror import mirror
 from .noise import new_seed
-from .schedule import Grid, SizeError, schedule
 from .settings import Settings
 
 

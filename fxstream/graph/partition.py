@@ -9,7 +9,7 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from .analysis import STREAMED, Analysis, image_sizes
+from .prefix import STREAMED, Analysis, image_sizes
 
 Nodes = dict[fx.Node, fx.Node]
 

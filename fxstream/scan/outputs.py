@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..ops import Place, Total, Totals
 from .carry import empty_like
-from .ops import Place, Total, Totals
 
 Rows = tuple[slice, ...]
 """A block's place in the whole value."""

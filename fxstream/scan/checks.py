@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import AttributeChangedError, BatchNormModeError, HookError, InputError, ModeError, ShardedError
-from .hooks import has_hooks
+from ..errors import AttributeChangedError, BatchNormModeError, HookError, InputError, ModeError, ShardedError
+from ..graph.hooks import has_hooks
 from .settings import Settings
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .schedule import Index, Layout
+from ..geometry.schedule import Index, Layout
 
 Blocks = tuple["torch.Tensor | None", ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .schedule import Tile
+from ..geometry.schedule import Tile
 
 Key = tuple[int, Tile, int]
 """A kept piece: value, tile, piece."""

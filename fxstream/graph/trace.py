@@ -28,9 +28,9 @@ from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .errors import TraceError
+from ..errors import TraceError
+from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .hooks import computed_weights, has_hooks
-from .ops import NotLocal, functions, has_own_methods, rule_for
 
 INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 """The functions of `operator` that overwrite their first argument, if that is a tensor."""
@@ -352,7 +352,7 @@ def _first_line(error: Exception) -> str:
 def _where(error: Exception) -> str:
     """The last line of the user's own code on the way to the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(__file__).parent)
+    ours = str(Path(__file__).parents[1])
     own = [frame for frame in frames if "/torch/" not in frame.filename and not frame.filename.startswith(ours)]
     return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "the module as a whole"
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .call import Call, prepare
-from .checks import check_attributes, check_hooks, check_image, check_modes, check_whole
-from .errors import DoubleBackwardError
-from .fit import fitted
-from .noise import restored_on_failure
-from .scan import Scan
-from .serialize import dump_graph, load_graph
-from .settings import Settings
-from .tape import aliases
+from ..errors import DoubleBackwardError
+from ..graph.serialize import dump_graph, load_graph
+from ..memory.fit import fitted
+from ..scan.call import Call, prepare
+from ..scan.checks import check_attributes, check_hooks, check_image, check_modes, check_whole
+from ..scan.noise import restored_on_failure
+from ..scan.settings import Settings
+from ..scan.tape import aliases
+from ..scan.tiles import Scan
 
 
 class Streamed(nn.Module):

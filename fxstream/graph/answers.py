@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .axes import Symbol, Value
-from .errors import ImageTooSmallError, NotLocalError
-from .ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, rule_for, rule_for_module
-from .schedule import Program
+from ..errors import ImageTooSmallError, NotLocalError
+from ..geometry.axes import Symbol, Value
+from ..geometry.schedule import Program
+from ..geometry.window import Span
+from ..ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, rule_for, rule_for_module
 from .trace import INPLACE_OPERATORS
-from .window import Span
 
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator.setitem}

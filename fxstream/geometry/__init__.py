@@ -1,0 +1,1 @@
+"""Windows, axes, schedules and grids: integers and names only, no torch."""

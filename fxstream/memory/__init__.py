@@ -1,0 +1,1 @@
+"""Bytes: counted, predicted, and tiles that fit a budget."""

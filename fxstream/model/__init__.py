@@ -1,0 +1,1 @@
+"""What `fxstream.convert` returns."""

@@ -1,0 +1,1 @@
+"""What runs at every call: the streamed graph, tile by tile."""
