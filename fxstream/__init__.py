@@ -1,6 +1,7 @@
 """Exact streaming of convolutional networks over images too large for memory."""
 
-from .conversion import analyze, convert
+from .analysis import Analysis, analyze
+from .conversion import convert
 from .errors import (
     AttributeChangedError,
     BatchNormModeError,
@@ -20,7 +21,7 @@ from .errors import (
     WrappedModelError,
 )
 from .estimate import Estimate
-from .graph.prefix import Analysis, Finding
+from .graph.findings import Finding
 from .graph.receptive_field import ReceptiveField
 from .ops import register
 

@@ -1,23 +1,22 @@
-"""The pass: trace, analyse, partition, rewrite."""
+"""The pass: trace, find the prefix, partition, rewrite."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
 from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
-from .graph.answers import spatial_axes
+from .graph.nodes import spatial_axes
 from .graph.partition import partition
-from .graph.prefix import Analysis, image_names, image_node
-from .graph.trace import Trace, trace
+from .graph.prefix import Prefix, find_prefix, image_names, image_node
+from .graph.trace import trace
 from .model.converted import Converted
 from .model.streamed import Streamed
 from .scan.checks import is_sharded
-from .scan.settings import AUTO, Settings, parse, parse_bytes
+from .scan.settings import Settings, parse_bytes, parse_tile_shape
 
 
 def convert(
@@ -29,64 +28,90 @@ def convert(
     image: str | None = None,
     example_input: torch.Tensor | None = None,
 ) -> fx.GraphModule:
-    """Convert a CNN so that the front of it runs tile by tile, with the same outputs and gradients.
+    """Convert a CNN so that the front of it runs tile by tile, with the same outputs and the same gradients.
 
-    The streamed front is the maximal prefix of operations that are local along the streamed axes, with the modes that
-    modules have now; the rest, the head, follows as it was. The converted model has modules of its own, with the
-    original's Parameters and buffers; nothing that is done to it changes the original's modes or hooks. (Moving or
-    casting one of the two afterwards parts their buffers.)
+    The streamed front is the maximal prefix of operations that are local along the streamed axes, in the modes that the
+    modules have now. The rest of the model, the head, follows unchanged. The pass has these steps:
+
+    1. Check that the model is a plain one.
+    2. Trace it, and read `tile_shape` for an image of its dimensions.
+    3. Find the prefix.
+    4. Partition the traced graph into an outer graph and the streamed graph.
+    5. Assemble the converted model from the two.
+
+    The converted model has modules of its own, with the original's Parameters and buffers. Changing its modes or hooks
+    never changes the original's. Moving or casting one of the two afterwards separates their tensors.
 
     Args:
-        model: any module that torch.fx can trace, with an image (N, C, *spatial) of 1 to 3 spatial axes among its
-            arguments.
-        tile_shape: how many fresh image positions (pixels) enter per step and axis, not counting what is carried over
-            from earlier tiles: one size for all spatial axes, one a spatial axis, `(H, W)`, or one a dimension,
-            `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time; C must be the image's
-            number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works; axes are
-            cut into equal steps of at most that size. "auto": along all spatial axes, every call chooses the largest
-            tiles that leave half of the memory budget to keep graphs in.
-        freeze_batchnorm: streamed batch norms use their running statistics, and go on doing so whatever mode the model
-            is put in. Their affine parameters still train.
-        memory_budget: bytes, as a number or as text such as "4GiB" or "500 MB", that may be held between forward and
-            backward, beyond carries and outputs, so that as many tiles as fit are not computed again: with enough of it
-            for all of them, a training step costs what a conventional one costs. None: every tile is. With
-            tile_shape="auto", carries and the tile being computed count, too.
-        image: the name of the argument of `model.forward` that is streamed; the first by default.
-        example_input: an image, needed only if no operation tells the number of spatial axes.
+        model: any module that torch.fx can trace. One of the arguments of its forward is an image (N, C, *spatial) with
+            1 to 3 spatial axes, of any floating-point dtype that the model takes.
+        tile_shape: how many fresh image positions (pixels) enter per step along each axis. Rows that are carried over
+            from earlier tiles do not count. One size for all spatial axes; or one per spatial axis, `(H, W)`; or one
+            per dimension, `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time. C must be
+            the image's number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works;
+            an axis is cut into equal steps of at most that size. "auto": all spatial axes are streamed, and every call
+            chooses the largest tiles that leave half of the memory budget for keeping the graphs of tiles.
+        freeze_batchnorm: streamed batch norms use their running statistics, whatever mode the model is put in. Their
+            affine parameters still train.
+        memory_budget: how many bytes may be held between forward and backward beyond carries and outputs, as a number
+            or as text such as "4GiB" or "500 MB". As many tiles as fit are then not computed again; if all of them fit,
+            a training step costs what a conventional one costs. None: every tile is computed again. With
+            tile_shape="auto" the budget also covers carries and the tile that is being computed.
+        image: the name of the argument of `model.forward` that is streamed; by default the first.
+        example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
+            the model tells how many spatial axes there are.
 
     Returns:
-        A torch.fx.GraphModule. `graph` holds the values that do not depend on the image, one call of the submodule
-        `streamed`, and the head; `streamed.graph` holds the streamed operations.
+        A torch.fx.GraphModule. Its `graph` holds the values that do not depend on the image, one call of the submodule
+        `streamed`, and the head. `streamed.graph` holds the streamed operations. `tile_shape` and `memory_budget` can
+        be changed by assignment.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
         TraceError: torch.fx cannot trace the model.
-        WrappedModelError, ShardedError: `model` is converted already; or it has been given to torch.compile,
-            DistributedDataParallel or fully_shard, which are for the converted model.
+        WrappedModelError, ShardedError: the model is converted already; or it has been given to torch.compile,
+            DistributedDataParallel or fully_shard, which belong around the converted model.
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive, or is "auto" without a budget.
         MemoryBudgetError: `memory_budget` is no number of bytes; at a call, with "auto": no tiles fit it.
         NothingToStreamError: the first operations are not local.
-        StreamingError: the base class of these and of everything that the converted model raises at a call: InputError
-            (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm in training
-            mode), ModeError, HookError (a streamed module has acquired a hook), ShardedError, NotLocalError,
-            DoubleBackwardError.
+        StreamingError: the base class of these errors, and of those that the converted model raises when it is called:
+            InputError (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm is
+            in training mode), ModeError, AttributeChangedError, HookError (a streamed module has acquired a hook),
+            ShardedError, NotLocalError, DoubleBackwardError.
 
     Warns:
-        StreamingWarning: convolutions or poolings stay behind the streamed part.
+        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part.
+
+    Example:
+        >>> import torch, fxstream
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> converted = fxstream.convert(model, tile_shape=(64, 64))
+        >>> converted(torch.randn(1, 3, 200, 150)).sum().backward()
+        >>> model[0].weight.grad.shape
+        torch.Size([8, 3, 3, 3])
     """
+    # 1. Check that the model is a plain one.
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_unwrapped(model)
     _check_names(model)
-    analysis, settings = plan(model, tile_shape, freeze_batchnorm, image, example_input)
-    settings = replace(settings, memory_budget=parse_bytes(memory_budget))
+    # 2. Trace it, and read tile_shape for an image of its dimensions.
+    traced = trace(model, {}, freeze_batchnorm)
+    names = image_names(traced, example_input)
+    settings = Settings(names, parse_tile_shape(tile_shape, names), freeze_batchnorm, parse_bytes(memory_budget))
     settings.check()
-    if not analysis.prefix:
-        raise NothingToStreamError(_nothing(analysis))
-    _warn_if_short(analysis)
+    # 3. Find the prefix.
+    prefix = find_prefix(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
+    if not prefix.nodes:
+        raise NothingToStreamError(_nothing(prefix))
+    _warn_if_short(prefix)
+    # 4. Partition the traced graph.
     name = _unused_name(model)
-    outer, streamed = partition(analysis, name)
-    return Converted(model, analysis.trace.constants, outer, name, Streamed(streamed, settings))
+    outer, streamed = partition(prefix, name)
+    # 5. Assemble the converted model.
+    part = Streamed(streamed, settings, prefix.trace.assumptions)
+    return Converted(model, prefix.trace.constants, outer, name, part)
 
 
 def _check_names(model: nn.Module) -> None:
@@ -122,64 +147,21 @@ _WRAPPERS = {
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
 }
-"""By name: importing them all would take seconds."""
+"""Classes that wrap a model, by name, since importing them all would take seconds."""
 
 
-def plan(
-    model: nn.Module, tile_shape: object, freeze_batchnorm: bool, image: str | None, example_input: torch.Tensor | None
-) -> tuple[Analysis, Settings]:
-    """What `convert` is going to do."""
-    traced = trace(model, {}, freeze_batchnorm)
-    names = image_names(traced, example_input)
-    settings = Settings(names, parse(tile_shape, names), freeze_batchnorm, auto=tile_shape == AUTO)
-    analysis = _analysis(traced, names, settings.axes, freeze_batchnorm, image)
-    traced = analysis.trace
-    return analysis, replace(
-        settings, guards=traced.guards, attributes=traced.attributes, entered=tuple(traced.entered)
-    )
+def _nothing(prefix: Prefix) -> str:
+    reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
+    return f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
 
 
-def _analysis(
-    traced: Trace, names: tuple[str, ...], axes: tuple[str, ...], freeze_batchnorm: bool, image: str | None
-) -> Analysis:
-    """Analyse; a module that depends on its mode and is not streamed becomes one call, which then follows its mode."""
-    while True:
-        analysis = Analysis(traced, image_node(traced.graph, image), names, axes, freeze_batchnorm)
-        bypassed = analysis.bypassed()
-        if not bypassed:
-            return analysis
-        traced = trace(traced.root, traced.opaque | bypassed, freeze_batchnorm)
-
-
-def analyze(
-    model: nn.Module,
-    *,
-    freeze_batchnorm: bool = False,
-    image: str | None = None,
-    example_input: torch.Tensor | None = None,
-) -> Analysis:
-    """Find out what of a model can be streamed along all spatial axes, where streaming stops and why.
-
-    The arguments are those of `convert`. `print` shows the result as a table. Raises TraceError and TileShapeError
-    as `convert` does.
-    """
-    traced = trace(model, {}, freeze_batchnorm)
-    names = image_names(traced, example_input)
-    return _analysis(traced, names, names[2:], freeze_batchnorm, image)
-
-
-def _nothing(analysis: Analysis) -> str:
-    reasons = "\n".join(f"  {stop.reason}" for stop in analysis.stops) or "  the head uses the image itself"
-    return f"nothing at the front of the model can be streamed along {', '.join(analysis.axes)}:\n{reasons}"
-
-
-def _warn_if_short(analysis: Analysis) -> None:
-    """Windowed operations left in the head are what one would have expected to be streamed."""
-    head = (finding.node for finding in analysis.findings if finding.status in ("stop", "head"))
-    left = sum(spatial_axes(node, analysis.trace.module_of(node)) is not None for node in head)
+def _warn_if_short(prefix: Prefix) -> None:
+    """Warn if the head has windowed operations, which users expect to be streamed."""
+    nodes = (finding.node for finding in prefix.head)
+    left = sum(spatial_axes(node, prefix.trace.module_of(node)) is not None for node in nodes)
     if left:
-        reasons = "\n".join(f"  {stop.reason}" for stop in analysis.stops)
-        last = analysis.prefix[-1].name
+        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops)
+        last = prefix.nodes[-1].name
         warnings.warn(
             f"streaming ends at {last}; {left} convolutions, poolings or batch norms stay behind it, since\n{reasons}",
             StreamingWarning,

@@ -1,10 +1,10 @@
-"""Estimates: what a step will compute and hold, found out on the meta device, where tensors have no memory."""
+"""What a step will compute and hold, predicted on the meta device, where tensors have no memory."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,27 +14,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .conversion import convert
 from .errors import StreamingWarning
-from .graph.prefix import Analysis
 from .memory.footprint import working_set
 from .memory.live import LiveBytes
 from .model.streamed import Streamed
 from .scan.checks import check_image
 from .scan.mirror import on_meta, tensor_on_meta
-from .scan.tiles import Scan
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step on one batch is going to take, the loaded model aside: see `Analysis.estimate`."""
+    """What one step on one batch will take, beyond the loaded model: see `Analysis.estimate`."""
 
     tiles: int
     """Number of tiles."""
     flops: int
-    """As torch.utils.flop_counter counts them: without what is element-wise."""
+    """As torch.utils.flop_counter counts them, so without element-wise operations."""
     carried_bytes: int
-    """Held by the streamed part between forward and backward; in inference, at most at a time."""
+    """Held by the streamed part between forward and backward; in inference, the most at any time."""
     peak_bytes: int
-    """Of live tensors, the image and the parameters' gradients included."""
+    """The most that live tensors take at any time, the image and the parameters' gradients included."""
 
     def __str__(self) -> str:
         return (
@@ -43,9 +41,11 @@ class Estimate:
         )
 
 
-def estimate(analysis: Analysis, image_shape: Sequence[int], tile_shape: object) -> Estimate:
+def estimate(
+    model: nn.Module, image_shape: Sequence[int], tile_shape: object, freeze_batchnorm: bool, image_name: str
+) -> Estimate:
     """See `Analysis.estimate`."""
-    model = on_meta(analysis.trace.root)
+    model = on_meta(model)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     image = torch.empty(tuple(image_shape), dtype=next(dtypes, None), device="meta")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -53,8 +53,8 @@ def estimate(analysis: Analysis, image_shape: Sequence[int], tile_shape: object)
         converted = convert(
             model,
             tile_shape,  # type: ignore[arg-type]  # convert itself says what is wrong with it
-            freeze_batchnorm=analysis.freeze,
-            image=str(analysis.image.target),
+            freeze_batchnorm=freeze_batchnorm,
+            image=image_name,
             example_input=image,
         )
         return _of_step(converted, image)
@@ -64,22 +64,23 @@ def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     name, streamed = next((name, part) for name, part in converted.named_children() if isinstance(part, Streamed))
     check_image(image, streamed.settings)
     flops, inputs, outputs = _counted(converted, streamed, image)
-    call, tensors = streamed.prepare(*inputs)
+    call, tensors = streamed.checked_call(*inputs)
     needs = working_set(call, tensors)
     converted._modules[name] = given = _Given(outputs)
     head, left = _head(converted, image, given.leaves)
     handed = sum(leaf.nbytes for leaf in given.leaves)
-    # While the streamed part computes gradients, what it has handed over is gone, unless it is the model's result.
+    # While the streamed part computes gradients, what it has handed over is freed, unless it is the model's result.
     peak = handed + max(sum(needs) + left, needs.carried + head)
-    tiles = sum(1 for _ in Scan(call, tensors).grid.tiles())
+    tiles = call.program(tensors).grid(call.tiles).count
     return Estimate(tiles, flops, needs.carried, image.nbytes + peak)
 
 
 def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor) -> tuple[int, Any, Any]:
-    """FLOPs of a step, what the streamed part is called with and what it returns."""
+    """FLOPs of a step; what the streamed part is called with, and what it returns."""
     settings = streamed.settings
-    # In one tile, every position is computed once, as it is in many.
-    streamed.settings = settings.tiled({axis: image.shape[settings.names.index(axis)] for axis in settings.axes})
+    # One tile, since every position is computed once, however many tiles there are.
+    whole = tuple(image.shape[settings.names.index(axis)] for axis in settings.axes)
+    streamed.settings = replace(settings, tiling=replace(settings.tiling, sizes=whole))
     calls: list[tuple[Any, Any]] = []
     hook = streamed.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs, outputs)))
     with FlopCounterMode(display=False) as flops:
@@ -92,8 +93,8 @@ def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor)
 
 
 def _head(converted: fx.GraphModule, image: torch.Tensor, given: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Bytes that the head makes, at most at a time; and those of its result and of its parameters' gradients, which are
-    there until the step ends."""
+    """The most bytes that the head makes at any time; and the bytes of its result and of its parameters' gradients,
+    which stay until the step ends."""
     with LiveBytes() as live:
         result = converted(image)
         roots = _roots(result)
@@ -115,7 +116,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 class _Given(nn.Module):
-    """Stands in for the streamed submodule, and hands over what that has handed over."""
+    """Takes the place of the streamed submodule, and returns what that has returned."""
 
     def __init__(self, outputs: Any):
         super().__init__()

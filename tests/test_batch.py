@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import assert_exact, handed_over
+from reference import assert_exact, handed_over, stops_along
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 
 import fxstream
-from fxstream.conversion import plan
 from fxstream.testing import compare, head
 
 BAG, CHUNK = 500, (64, None, None, None)  # the last chunk is smaller
@@ -197,7 +196,7 @@ def test_streaming_ends_where_samples_are_coupled(name: str) -> None:
     couple, last, reason = COUPLES[name]
     model, chunk = Coupled(couple), (5, None, None, None)
     assert_exact(model, (12, 3, 9, 9), chunk, last=last)
-    (stop,) = plan(model, chunk, False, None, None)[0].stops
+    (stop,) = stops_along(model, ("N",))
     assert reason in stop.reason
 
 

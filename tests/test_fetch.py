@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fxstream
-from fxstream.geometry.schedule import Tile
+from fxstream.geometry.grid import Tile
 from fxstream.scan.fetch import Region, Regions, fetch
 from fxstream.scan.pieces import Pieces
 from fxstream.testing import relative_error

@@ -11,7 +11,9 @@ from test_work import flops
 from torch import nn
 
 import fxstream
+from fxstream.memory.fit import Fit
 from fxstream.memory.live import LiveBytes
+from fxstream.model import streamed
 from fxstream.testing import compare
 
 MIB = 2**20
@@ -28,7 +30,7 @@ def net() -> nn.Module:
 
 def peak(converted: nn.Module, image: torch.Tensor) -> int:
     """Live bytes of a step, at most, the image aside; tiles are chosen before, which would count as if it took any."""
-    converted.streamed.prepare(image)
+    converted.streamed.checked_call(image)
     with LiveBytes() as live:
         output = converted(image)
         if output.requires_grad:
@@ -54,8 +56,8 @@ def test_a_budget_that_suffices_for_everything_costs_no_recomputation() -> None:
 def test_tiles_grow_with_the_budget_and_shrink_with_the_image() -> None:
     def edge(budget: int, size: int) -> int:
         converted = fxstream.convert(net(), "auto", memory_budget=budget * MIB)
-        call, _ = converted.streamed.prepare(torch.empty(1, 3, size, size))
-        return max(call.settings.tiles.values())
+        call, _ = converted.streamed.checked_call(torch.empty(1, 3, size, size))
+        return max(call.tiles)
 
     edges = [edge(budget, 1024) for budget in (20, 60, 250)]
     assert edges[0] < edges[1] < edges[2]
@@ -79,10 +81,8 @@ def test_inference_needs_less() -> None:
 
 
 def test_it_is_chosen_once_for_images_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxstream.model import streamed as stream
-
     chosen: list[Any] = []
-    monkeypatch.setattr(stream, "fitted", lambda call, tensors: chosen.append(call.shape) or call.settings)
+    monkeypatch.setattr(streamed, "fitted", lambda call, tensors: chosen.append(call.shape) or Fit((16, 16), 0))
     converted = fxstream.convert(nn.Conv2d(3, 4, 3), "auto", memory_budget=10 * MIB)
     for size in (20, 20, 30, 20):
         converted(torch.randn(1, 3, size, size))

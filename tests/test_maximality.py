@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact, handed_over, randomise
+from reference import assert_exact, handed_over, randomise, stops_along
 from torch import nn
 
 import fxstream
 from fxstream.geometry.axes import axis_names
-from fxstream.graph.prefix import Analysis, Finding, image_node
-from fxstream.graph.trace import trace
+from fxstream.graph.findings import Finding
 from fxstream.testing import head
 
 LONG = 68
@@ -288,10 +287,8 @@ def tile_shape(case: Case, axis: str, size: int) -> tuple[int | None, ...]:
 
 
 def stops(model: nn.Module, case: Case) -> list[Finding]:
-    """Where streaming along the case's axis alone ends; `fxstream.analyze` streams the spatial axes together."""
-    traced = trace(model, {}, False)
-    names = axis_names(len(case.sizes) - 2)
-    return Analysis(traced, image_node(traced.graph, None), names, (case.axis,), freeze=False).stops
+    """Where streaming along the case's axis alone ends."""
+    return stops_along(model, (case.axis,), len(case.sizes) - 2)
 
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxstream.geometry.schedule import Axis, Grid, Index, Program, SizeError, Tile, readers, schedule
+from fxstream.geometry.grid import Grid, Index, Tile
+from fxstream.geometry.schedule import Axis, AxisGraph, SizeError, readers, schedule
 from fxstream.geometry.window import IDENTITY, Border, Sliding, Span, Transposed, Window
 
 Labels = npt.NDArray[np.int64]
@@ -25,14 +26,14 @@ BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate")
 
 @dataclass(frozen=True)
 class Plan:
-    """A network as one program per axis (the same readers, other windows), and the image and tile along each."""
+    """A network as one graph per axis (the same readers, other windows), and the image and tile along each."""
 
-    programs: tuple[Program, ...]
+    graphs: tuple[AxisGraph, ...]
     sizes: tuple[int, ...]
     tiles: tuple[int, ...]
 
     def axes(self) -> tuple[Axis, ...]:
-        return tuple(map(schedule, self.programs, self.sizes, self.tiles))
+        return tuple(map(schedule, self.graphs, self.sizes, self.tiles))
 
 
 @st.composite
@@ -90,7 +91,7 @@ def plans(draw: st.DrawFn, axes: int, largest: int, values: int) -> Plan:
     sizes = tuple(draw(st.integers(1, largest)) for _ in range(axes))
     # Small tiles by preference: with an image of one or two tiles little is carried.
     tiles = tuple(draw(st.integers(1, max(largest // 6, 2)) | st.integers(1, largest * 7 // 6)) for _ in range(axes))
-    programs: list[list[tuple[tuple[int, Window], ...]]] = [[()] for _ in range(axes)]
+    graphs: list[list[tuple[tuple[int, Window], ...]]] = [[()] for _ in range(axes)]
     rows = [[size] for size in sizes]
     for value in range(1, draw(st.integers(2, values + 1))):
         # Producers close by make a chain, the others skip over part of it; the same one may come twice.
@@ -100,9 +101,9 @@ def plans(draw: st.DrawFn, axes: int, largest: int, values: int) -> Plan:
             first = fitting(draw(any_window), rows[axis][producers[0]], image)
             size = first.size(rows[axis][producers[0]])
             others = [joining(draw, rows[axis][producer], size) for producer in producers[1:]]
-            programs[axis].append(tuple(zip(producers, [first, *others], strict=True)))
+            graphs[axis].append(tuple(zip(producers, [first, *others], strict=True)))
             rows[axis].append(size)
-    return Plan(tuple(map(tuple, programs)), sizes, tiles)
+    return Plan(tuple(map(tuple, graphs)), sizes, tiles)
 
 
 one_axis = plans(axes=1, largest=60, values=9)
@@ -125,7 +126,7 @@ def take(labels: Labels, index: Index) -> Labels:
 
 
 class Simulation:
-    """All tiles of a plan, in the order and with the bookkeeping of `stream.Scan`, on labels.
+    """All tiles of a plan, in the order and with the bookkeeping of `scan.tiles.Scan`, on labels.
 
     A block holds the number of each of its positions in the whole value, so a block from the wrong place shows.
     The image, which a scan slices, is carried here like any other value.
@@ -135,7 +136,7 @@ class Simulation:
         self.plan = plan
         self.axes = plan.axes()
         self.grid = Grid(self.axes)
-        self.readers = readers(plan.programs[0])
+        self.readers = readers(plan.graphs[0])
         shapes = [tuple(axis.sizes[value] for axis in self.axes) for value in range(len(self.readers))]
         self.whole = [np.arange(prod(shape), dtype=np.int64).reshape(shape) for shape in shapes]
         self.computed = [np.zeros(shape, dtype=int) for shape in shapes]
@@ -160,10 +161,10 @@ class Simulation:
     def compute(self, value: int, tile: Tile, waiting: dict[tuple[int, int], Labels]) -> Labels:
         fresh = self.grid.fresh(value, tile)
         assert fresh == block_of(self.axes, value, tile)
-        for edge, (producer, _) in enumerate(self.plan.programs[0][value]):
+        for edge, (producer, _) in enumerate(self.plan.graphs[0][value]):
             spans = self.grid.spans(value, edge, tile)
-            for axis, program, rows, span in zip(self.axes, self.plan.programs, fresh, spans, strict=True):
-                window = program[value][edge][1]
+            for axis, graph, rows, span in zip(self.axes, self.plan.graphs, fresh, spans, strict=True):
+                window = graph[value][edge][1]
                 assert span == window.span(rows.start, rows.stop, axis.sizes[producer])
             wanted = tuple(slice(span.lo, span.hi) for span in spans)
             read = waiting.pop((value, edge))
@@ -192,7 +193,7 @@ class Simulation:
         """The fresh block and what was kept for it: without gaps, without overlaps, in the right place."""
         layout = self.grid.layout(value, tile)
         parts = [
-            (part.dst, take(self.pieces[value, self.grid.earlier(tile, part.offset), part.piece], part.src))
+            (part.dst, take(self.pieces[value, self.grid.earlier(tile, part.offset), part.axis], part.src))
             for part in layout.parts
         ]
         if block is not None and layout.own is not None:
@@ -236,7 +237,7 @@ def test_tiles_of_three_axes_compute_every_position_once_from_what_is_there(plan
     check(plan)
 
 
-UNET: Program = (
+UNET: AxisGraph = (
     (),
     ((0, Sliding(3, 1, 1, 1, 1)),),
     ((1, Sliding(2, 2)),),
@@ -261,9 +262,9 @@ def test_tiles_of_a_unet_compute_every_position_once_from_what_is_there(tiles: t
 # One axis at a time.
 
 
-def rows_read(program: Program, axis: Axis, value: int, steps: range) -> list[tuple[int, Span]]:
+def rows_read(graph: AxisGraph, axis: Axis, value: int, steps: range) -> list[tuple[int, Span]]:
     """What the readers of a value read of it in some steps, each with its step."""
-    runs = [(step, axis.spans[reader][step], edge) for reader, edge in readers(program)[value] for step in steps]
+    runs = [(step, axis.spans[reader][step], edge) for reader, edge in readers(graph)[value] for step in steps]
     return [(step, spans[edge]) for step, spans, edge in runs if spans is not None]
 
 
@@ -303,10 +304,10 @@ def test_the_image_block_is_never_larger_than_the_tile(plan: Plan) -> None:
 @settings(max_examples=300, deadline=None)
 @given(plan=one_axis)
 def test_the_first_row_of_a_carry_is_the_first_that_a_reader_still_to_run_reads(plan: Plan) -> None:
-    (axis,), (program,) = plan.axes(), plan.programs
-    for value in range(len(program)):
+    (axis,), (graph,) = plan.axes(), plan.graphs
+    for value in range(len(graph)):
         for step in range(axis.count + 1):
-            later = rows_read(program, axis, value, range(step, axis.count))
+            later = rows_read(graph, axis, value, range(step, axis.count))
             tail, frontier = axis.tail[value][step], axis.frontier[value][step]
             assert tail <= frontier
             assert tail == min([frontier, *(span.lo for _, span in later)])
@@ -315,18 +316,18 @@ def test_the_first_row_of_a_carry_is_the_first_that_a_reader_still_to_run_reads(
 @settings(max_examples=300, deadline=None)
 @given(plan=one_axis)
 def test_a_read_lies_within_what_is_carried_and_fresh(plan: Plan) -> None:
-    (axis,), (program,) = plan.axes(), plan.programs
-    for value in range(len(program)):
-        for step, span in rows_read(program, axis, value, range(axis.count)):
+    (axis,), (graph,) = plan.axes(), plan.graphs
+    for value in range(len(graph)):
+        for step, span in rows_read(graph, axis, value, range(axis.count)):
             assert axis.tail[value][step] <= span.lo < span.hi <= axis.frontier[value][step + 1]
 
 
 @settings(max_examples=300, deadline=None)
 @given(plan=one_axis)
 def test_a_piece_expires_with_the_last_step_that_reads_back_into_it(plan: Plan) -> None:
-    (axis,), (program,) = plan.axes(), plan.programs
-    for value in range(len(program)):
-        reads = rows_read(program, axis, value, range(axis.count))
+    (axis,), (graph,) = plan.axes(), plan.graphs
+    for value in range(len(graph)):
+        reads = rows_read(graph, axis, value, range(axis.count))
         for step in range(axis.count):
             start, stop = axis.frontier[value][step], axis.frontier[value][step + 1]
             kept = slice(max(start, axis.tail[value][step + 1]), stop)
@@ -367,17 +368,17 @@ def kept(grid: Grid, value: int) -> int:
 @given(plan=plans(axes=2, largest=18, values=6))
 def test_what_is_carried_is_counted_without_its_pieces(plan: Plan) -> None:
     grid = Grid(plan.axes())
-    for value in range(len(plan.programs[0])):
+    for value in range(len(plan.graphs[0])):
         assert grid.carried(value) == kept(grid, value)
     # At a time there is no more than altogether, and at least the longest carry along the first axis, all its width.
-    together = sum(map(grid.carried, range(len(plan.programs[0]))))
+    together = sum(map(grid.carried, range(len(plan.graphs[0]))))
     first, second = grid.axes
     longest = max(
         (done - tail) * size
         for rows, tails, size in zip(first.frontier, first.tail, second.sizes, strict=True)
         for done, tail in zip(rows, tails, strict=True)
     )
-    assert longest <= grid.in_flight(dict.fromkeys(range(len(plan.programs[0])), 1))
+    assert longest <= grid.in_flight(dict.fromkeys(range(len(plan.graphs[0])), 1))
     assert longest <= together
 
 
@@ -413,7 +414,7 @@ def test_a_corner_is_kept_once_and_a_piece_no_longer_than_its_axis_needs_it() ->
     ],
 )
 def test_an_image_too_small_is_refused_at_the_value_that_cannot_be_computed(size: int, value: int, reason: str) -> None:
-    program: Program = (
+    graph: AxisGraph = (
         (),
         ((0, Sliding(3)),),
         ((1, Sliding(5)),),
@@ -421,12 +422,12 @@ def test_an_image_too_small_is_refused_at_the_value_that_cannot_be_computed(size
         ((3, Sliding(3, 1, 1, 1, 1, border="reflect")),),
     )
     with pytest.raises(SizeError, match=reason) as raised:
-        schedule(program, size, 4)
+        schedule(graph, size, 4)
     assert raised.value.value == value
 
 
 def test_operands_that_do_not_fit_together_are_refused_at_the_value_that_joins_them() -> None:
-    program: Program = ((), ((0, Sliding(3)),), ((0, IDENTITY),), ((2, IDENTITY), (1, IDENTITY)))
+    graph: AxisGraph = ((), ((0, Sliding(3)),), ((0, IDENTITY),), ((2, IDENTITY), (1, IDENTITY)))
     with pytest.raises(SizeError, match="its operands have 8 and 10 rows") as raised:
-        schedule(program, 10, 4)
+        schedule(graph, 10, 4)
     assert raised.value.value == 3

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxstream.geometry import window as window_module
 from fxstream.geometry.window import IDENTITY, Border, Sliding, Span
 
 BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate")
@@ -273,19 +269,3 @@ def test_ready_counts_the_rows_whose_needs_are_there(window: Sliding, length: in
         assert window.ready(available, length) == count, f"{available} rows available"
     assert window.ready(0, length) == 0
     assert window.ready(length, length) == len(rows)
-
-
-# Integers only.
-
-
-@pytest.mark.parametrize("name", ["window", "schedule"])
-def test_the_integer_modules_import_the_standard_library_and_each_other(name: str) -> None:
-    # Their imports are read, not run: importing `fxstream.window` runs `fxstream/__init__.py`, which needs torch.
-    path = Path(window_module.__file__).with_name(f"{name}.py")
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.module in {"window", "schedule"}
-        elif isinstance(node, ast.ImportFrom):
-            assert str(node.module).partition(".")[0] in sys.stdlib_module_names
-        elif isinstance(node, ast.Import):
-            assert {alias.name.partition(".")[0] for alias in node.names} <= sys.stdlib_module_names

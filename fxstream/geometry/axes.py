@@ -15,6 +15,9 @@ from typing import NoReturn
 
 from .window import IDENTITY, Window
 
+IMAGE = 0
+"""The number of the image among the values of the streamed part, which come in topological order."""
+
 SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
 
@@ -23,15 +26,15 @@ def axis_names(spatial: int) -> tuple[str, ...]:
     return ("N", "C", *SPATIAL_NAMES[spatial])
 
 
-class NotKnownError(Exception):
-    """A rule computed with what is known only at a call."""
+class UndeterminedError(Exception):
+    """A rule has computed with something that is known only at a call."""
 
 
-class Deferred:
-    """What is known only at a call: whoever computes with it before raises NotKnownError."""
+class Undetermined:
+    """Something that is known only at a call; computing with it before raises UndeterminedError."""
 
     def _refuse(self, *args: object) -> NoReturn:
-        raise NotKnownError
+        raise UndeterminedError
 
     __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __neg__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
@@ -39,24 +42,27 @@ class Deferred:
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
 
 
-class Symbol(Deferred):
-    """A number that is known only at a call; each one equals itself alone."""
+class Symbol(Undetermined):
+    """A size that is known only at a call. Each symbol equals itself alone.
+
+    One that a model reads off a value along a streamed axis remembers where: see `Extent`.
+    """
+
+    def __init__(self, original: Symbol | None = None, tag: str | None = None, value: Value | None = None):
+        """`original` is the size of the dimension `tag` of `value`, off which this symbol was read."""
+        self.original = original
+        self.tag = tag
+        self.value = value
 
 
 class Extent(int):
-    """The size of a value along a streamed axis, as a model reads it."""
+    """A known size that a model has read off a value along a streamed axis.
+
+    It is the size of the whole value; `tag` names the axis, and `value` is what it was read off.
+    """
 
     tag: str
     value: Value
-
-
-class SymbolicExtent(Symbol):
-    """The same at conversion."""
-
-    def __init__(self, symbol: Symbol, tag: str, value: Value):
-        self.symbol = symbol
-        self.tag = tag
-        self.value = value
 
 
 Size = int | Symbol
@@ -128,7 +134,7 @@ class Value:
         if dim.tag is None:
             return dim.size
         if isinstance(dim.size, Symbol):
-            return SymbolicExtent(dim.size, dim.tag, self)
+            return Symbol(dim.size, dim.tag, self)
         extent = Extent(dim.size)
         extent.tag, extent.value = dim.tag, self
         return extent
@@ -151,10 +157,15 @@ def _joined(dims: list[Dim]) -> Dim:
     return others[0] if alike else Dim(others[0].tag, Symbol())
 
 
-def is_extent(size: object, dim: Dim) -> bool:
+def is_extent(size: object) -> bool:
+    """Whether a size that a model uses was read off a value along a streamed axis."""
+    return isinstance(size, (Extent, Symbol)) and size.tag is not None
+
+
+def is_extent_of(size: object, dim: Dim) -> bool:
     """Whether a size that a model uses is the extent of just this streamed dimension."""
-    if isinstance(size, SymbolicExtent):
-        return size.tag == dim.tag and size.symbol is dim.size
+    if isinstance(size, Symbol):
+        return size.tag is not None and size.tag == dim.tag and size.original is dim.size
     return isinstance(size, Extent) and size.tag == dim.tag and size == dim.size
 
 
@@ -188,11 +199,7 @@ def _reshaped(dims: Sequence[Dim], sizes: Sequence[Size], inferred: int | None) 
     start = at = 0
     for index in [*(i for i, dim in enumerate(dims) if dim.tag is not None), len(dims)]:
         last = index == len(dims)
-        stop = (
-            len(sizes)
-            if last
-            else next((j for j in range(at, len(sizes)) if _is(sizes[j], index, dims, inferred)), None)
-        )
+        stop = len(sizes) if last else _find(sizes, at, index, dims, inferred)
         if stop is None:
             return None
         run = _run(dims[start:index], sizes[at:stop])
@@ -205,13 +212,18 @@ def _reshaped(dims: Sequence[Dim], sizes: Sequence[Size], inferred: int | None) 
     return result
 
 
-def _is(size: Size, index: int, dims: Sequence[Dim], inferred: int | None) -> bool:
-    return is_extent(size, dims[index]) or (inferred == index and size == -1)
+def _find(sizes: Sequence[Size], at: int, index: int, dims: Sequence[Dim], inferred: int | None) -> int | None:
+    """Where in `sizes`, from `at` on, the streamed dimension `index` stands; None if it does not."""
+    for position in range(at, len(sizes)):
+        size = sizes[position]
+        if is_extent_of(size, dims[index]) or (inferred == index and size == -1):
+            return position
+    return None
 
 
 def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
     """Dimensions that are not streamed, reshaped to `sizes`; None unless the numbers of elements can agree."""
-    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
+    if any(map(is_extent, sizes)):
         return None
     old, new = [dim.size for dim in dims], [size for size in sizes if size != -1]
     unknown = [size for size in old if isinstance(size, Symbol)]

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import fx
 
 from ..ops import NotLocal
-from .answers import label
+from .nodes import label
 
 Homes = frozenset["fx.Node | str"]
 _WAY_OUT = "use the out-of-place form"
 
 
-class Memory:
+class Aliasing:
     """The memory of the values of one graph, filled in as a walk passes its nodes."""
 
     def __init__(self, graph: fx.Graph, image: fx.Node):

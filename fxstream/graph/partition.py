@@ -9,9 +9,11 @@ from typing import NamedTuple
 import networkx as nx
 from torch import fx
 
-from .prefix import STREAMED, Analysis, image_sizes
+from .findings import STREAMED, image_sizes
+from .prefix import Prefix
 
 Nodes = dict[fx.Node, fx.Node]
+"""Nodes of the traced graph -> their copies in one of the two new graphs."""
 
 
 class Partition(NamedTuple):
@@ -23,57 +25,66 @@ class Partition(NamedTuple):
     """The image, the other values that enter, the streamed nodes under their names."""
 
 
-def partition(analysis: Analysis, name: str) -> Partition:
-    """Split at the border that the analysis found; the streamed submodule is called `name`."""
-    status = {finding.node: finding.status for finding in analysis.findings}
-    sources = (source for node in analysis.prefix for source in node.all_input_nodes)
+def partition(prefix: Prefix, name: str) -> Partition:
+    """Split the traced graph where the prefix ends; the outer graph calls the streamed submodule `name`."""
+    status = {finding.node: finding.status for finding in prefix.findings}
+    sources = (source for node in prefix.nodes for source in node.all_input_nodes)
     entering = [source for source in dict.fromkeys(sources) if status[source] == "constant"]
-    return Partition(_outer(analysis, name, entering), _streamed(analysis, entering))
+    return Partition(_outer(prefix, name, entering), _streamed(prefix, entering))
 
 
-def _streamed(analysis: Analysis, entering: list[fx.Node]) -> fx.Graph:
+def _streamed(prefix: Prefix, entering: list[fx.Node]) -> fx.Graph:
     graph = fx.Graph()
-    new = {node: graph.placeholder(node.name) for node in (analysis.image, *entering)}
-    reads = {finding.node: finding.reads for finding in analysis.findings}
-    for node in analysis.prefix:
+    new = {node: graph.placeholder(node.name) for node in (prefix.image, *entering)}
+    reads = {finding.node: finding.reads for finding in prefix.findings}
+    for node in prefix.nodes:
         _copy(graph, node, reads[node], new)
-    outputs = [new[node] for node in analysis.outputs]
+    outputs = [new[node] for node in prefix.outputs]
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     return graph
 
 
-def _outer(analysis: Analysis, name: str, entering: list[fx.Node]) -> fx.Graph:
+def _outer(prefix: Prefix, name: str, entering: list[fx.Node]) -> fx.Graph:
+    """The graph of the converted model, in three parts.
+
+    1. The arguments, what enters the streamed call besides the image, and what must run before it.
+    2. The streamed call and the values that it hands over.
+    3. The head: everything else, in its old order.
+    """
     graph = fx.Graph()
     new: Nodes = {}
-    first = {node.name for node in entering}.union(*(nx.ancestors(analysis.graph, node.name) for node in entering))
-    for finding in analysis.findings:
+    # 1. Before the streamed call.
+    first = {node.name for node in entering}.union(*(nx.ancestors(prefix.graph, node.name) for node in entering))
+    for finding in prefix.findings:
         if finding.node.op == "placeholder" or finding.early or finding.node.name in first:
             _copy(graph, finding.node, finding.reads, new)
-    call = graph.call_module(name, (new[analysis.image], *(new[node] for node in entering)))
-    if len(analysis.outputs) == 1:
-        new[analysis.outputs[0]] = call
+    # 2. The streamed call.
+    call = graph.call_module(name, (new[prefix.image], *(new[node] for node in entering)))
+    if len(prefix.outputs) == 1:
+        new[prefix.outputs[0]] = call
     else:
-        for index, node in enumerate(analysis.outputs):
+        for index, node in enumerate(prefix.outputs):
             new[node] = graph.call_function(operator.getitem, (call, index))
-    outside = _wanted(analysis)
-    for finding in analysis.findings:
+    # 3. The head.
+    outside = _wanted(prefix)
+    for finding in prefix.findings:
         if (finding.status not in STREAMED or finding.node in outside) and finding.node not in new:
             _copy(graph, finding.node, finding.reads, new)
     return graph
 
 
-def _wanted(analysis: Analysis) -> set[fx.Node]:
+def _wanted(prefix: Prefix) -> set[fx.Node]:
     """The sizes of the image that the head reads, or that are read for an effect (an assertion)."""
-    sizes = image_sizes(analysis.findings)
+    sizes = image_sizes(prefix.findings)
     wanted: set[fx.Node] = set()
-    for finding in reversed(analysis.findings):
+    for finding in reversed(prefix.findings):
         if finding.node in sizes and not finding.node.users:
             wanted.add(finding.node)
-        if finding.status in ("stop", "head") or finding.node in wanted:
+        if finding.in_head or finding.node in wanted:
             wanted |= sizes.intersection(finding.node.all_input_nodes)
     return wanted
 
 
 def _copy(graph: fx.Graph, node: fx.Node, reads: Mapping[fx.Node, fx.Node], new: Nodes) -> None:
-    """Copy a node under its name; what it reads of a value overwritten before is the result of that."""
+    """Copy a node under its name; where it reads a value that was overwritten, it now reads the result of that."""
     new[node] = graph.node_copy(node, lambda old: new[reads.get(old, old)])

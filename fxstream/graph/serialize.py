@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from .answers import modules_around
+from .nodes import modules_around
 
 
 @dataclass(frozen=True)

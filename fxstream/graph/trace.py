@@ -31,9 +31,19 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..errors import TraceError
 from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .hooks import computed_weights, has_hooks
+from .nodes import INPLACE_OPERATORS
 
-INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
-"""The functions of `operator` that overwrite their first argument, if that is a tensor."""
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a traced graph takes for granted about its modules; every call checks that it still holds."""
+
+    modes: Mapping[str, bool]
+    """Path of a module -> the training flag that decided which operations were traced."""
+    attributes: Mapping[str, Mapping[str, Any]]
+    """Path of a module -> its numbers and strings that were read, by name: constants of the graph."""
+    entered: tuple[str, ...]
+    """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
 
 
 @dataclass
@@ -42,14 +52,9 @@ class Trace:
 
     root: nn.Module
     graph: fx.Graph
-    entered: list[str]
-    """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
-    guards: dict[str, bool]
-    """Path of a module -> training flag, where the flag decided what was traced."""
+    assumptions: Assumptions
     frozen: set[str]
     """Paths of batch norms of the user's own that were traced as if in eval mode."""
-    attributes: dict[str, dict[str, Any]]
-    """Path of a module -> its numbers and the like that were read, by name: they are constants of the graph."""
     opaque: dict[str, NotLocal]
     """Path of a module that stays one call -> why it is not local."""
     constants: dict[str, torch.Tensor]
@@ -92,7 +97,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions())
         self.opaque = opaque
         self.freeze_batchnorm = freeze_batchnorm
-        self.guards: dict[str, bool] = {}
+        self.modes: dict[str, bool] = {}
         self.frozen: set[str] = set()
         self.attributes: dict[str, dict[str, Any]] = {}
         self.entered: list[str] = []
@@ -147,7 +152,7 @@ class _Tracer(fx.Tracer):
     def to_bool(self, obj: Proxy) -> bool:
         if obj.node in self.flags:
             path, value = self.flags[obj.node]
-            self.guards[path] = value
+            self.modes[path] = value
             return value
         return super().to_bool(obj)
 
@@ -255,7 +260,8 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
                 _restore(module, state)
             _restore_random(drawn)
         _remove_unused_flags(graph, tracer)
-        return Trace(model, graph, tracer.entered, tracer.guards, tracer.frozen, tracer.attributes, opaque, constants)
+        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
+        return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
 
 
 class _UnrecordedError(Exception):

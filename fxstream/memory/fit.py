@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ..errors import MemoryBudgetError
 from ..scan.call import Call
 from ..scan.mirror import tensor_on_meta
-from ..scan.settings import Settings
 from .footprint import working_set
 
 LEAST = 128
 """Pixels along the edge of the smallest tile: smaller ones carry more than they save, and take long."""
 MARGIN = 10
-"""One part in so many is added to what is predicted."""
+"""Safety margin: 1/MARGIN is added to every prediction."""
 SHARE = 2
-"""Tiles shall take no more than this part of the budget: the rest keeps graphs, which saves computing tiles again."""
+"""Tiles may use 1/SHARE of the budget. The rest keeps the graphs of tiles, which are then not computed again."""
 
 
-def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
-    """The settings of a call with tiles that fit its memory budget, and a budget of what is left for graphs.
+class Fit(NamedTuple):
+    """Tiles that fit a memory budget."""
 
-    The largest square tiles that take half of the budget, or if there are none, the largest that take all of it.
-    Raises MemoryBudgetError if there are none, either.
+    tiles: tuple[int, ...]
+    """The size of a tile along each streamed axis."""
+    budget: int
+    """Bytes that are left for the graphs of tiles."""
+
+
+def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Fit:
+    """The largest square tiles that take half of the call's memory budget, or else the largest that take all of it.
+
+    Raises MemoryBudgetError if no tiles fit it.
     """
     budget = call.settings.memory_budget
     tensors = [tensor_on_meta(tensor) for tensor in tensors]
@@ -33,7 +41,7 @@ def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
 
     def need(edge: int) -> int:
         if edge not in needs:
-            predicted = sum(working_set(replace(call, settings=_square(call.settings, edge)), tensors))
+            predicted = sum(working_set(replace(call, tiles=_square(call, edge)), tensors))
             needs[edge] = predicted + predicted // MARGIN
         return needs[edge]
 
@@ -41,7 +49,7 @@ def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Settings:
     for limit in (budget // SHARE, budget):
         for edge in edges:
             if need(edge) <= limit:
-                return replace(_square(call.settings, edge), memory_budget=budget - need(edge))
+                return Fit(_square(call, edge), budget - need(edge))
     best = min(edges, key=need)
     raise MemoryBudgetError(
         f"an image of {call.shape} takes {need(best)} bytes in tiles of {best}, and the memory_budget is {budget}. "
@@ -57,5 +65,5 @@ def _edges(call: Call) -> list[int]:
     return sorted((edge for edge in edges if edge >= min(LEAST, longest)), reverse=True)
 
 
-def _square(settings: Settings, edge: int) -> Settings:
-    return settings.tiled(dict.fromkeys(settings.axes, edge))
+def _square(call: Call, edge: int) -> tuple[int, ...]:
+    return (edge,) * len(call.settings.axes)

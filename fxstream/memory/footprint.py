@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import StreamingError
-from ..geometry.schedule import Grid
+from ..geometry.grid import Grid
+from ..geometry.schedule import equal_step
 from ..scan.call import Call
-from ..scan.tape import Sums, aliases
+from ..scan.sums import Sums
+from ..scan.tape import IMAGE_SLOT, detached_leaves
 from ..scan.tiles import Forward, Scan
 from .live import LiveBytes
 
 STEPS, MOST_STEPS, REACH = 4, 8, 512
-"""A part of the image with so many steps along each axis shows what a tile needs; with more, if steps are so small that
-deep values, which see hundreds of pixels, only get going after a few."""
+"""We predict from a crop of STEPS steps per axis; if tiles are small, of more, up to MOST_STEPS, until it spans REACH
+pixels. Otherwise deep layers, which see hundreds of pixels, would not produce any rows in it."""
 
 
 class WorkingSet(NamedTuple):
     """Bytes that a streamed call needs beyond the image, the outputs and the model."""
 
     carried: int
-    """Kept between forward and backward; without gradients, at most at a time."""
+    """Kept between forward and backward; without gradients, the most at any time."""
     owed: int
-    """Gradients of what is carried, at most at a time."""
+    """Gradients of what is carried, the most at any time."""
     tile: int
     """What the largest tile makes, and the sums of the parameters' gradients."""
 
@@ -36,31 +37,47 @@ class WorkingSet(NamedTuple):
 def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
     """What a call takes whose tensors are on the meta device; for training, if one of them requires a gradient.
 
-    Of the image, a part is enough that has a few tiles: how much they leave to later ones follows from the schedule.
+    A crop of the image that has a few tiles is enough: how much these leave to later ones follows from the schedule.
     """
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    call = replace(call, settings=replace(call.settings, memory_budget=0), device=torch.device("meta"))
+    call = replace(call, budget=0, device=torch.device("meta"))
     with torch.random.fork_rng(devices=[]):
         try:
-            sample = _Sample(*_part(call, tensors), trains)
+            sample = _Sample(*_crop(call, tensors), trains)
         except StreamingError:
             # Not every size suits every model.
             sample = _Sample(call, tensors, trains)
-    grid = Scan(call, tensors).grid
+    grid = call.program(tensors).grid(call.tiles)
     return WorkingSet(sample.carried(grid), sample.owed(grid), sample.tile)
 
 
-def _part(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
-    """A call on a part of the image with the same tiles."""
-    shape, tiles = list(call.shape), {}
-    for axis, tile in call.settings.tiles.items():
+def _crop(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
+    """A call on part of the image, with the same tiles."""
+    shape = list(call.shape)
+    tiles = []
+    for axis, tile in zip(call.settings.axes, call.tiles, strict=True):
         dim = call.settings.names.index(axis)
-        step = -(-shape[dim] // -(-shape[dim] // tile))
+        step = equal_step(shape[dim], tile)
         steps = min(MOST_STEPS, max(STEPS, -(-REACH // step)))
-        shape[dim], tiles[axis] = min(shape[dim], steps * step), step
+        shape[dim] = min(shape[dim], steps * step)
+        tiles.append(step)
     image, *others = tensors
     part = image.new_empty(shape).requires_grad_(image.requires_grad)
-    return replace(call, shape=tuple(shape), settings=call.settings.tiled(tiles)), [part, *others]
+    return replace(call, shape=tuple(shape), tiles=tuple(tiles)), [part, *others]
+
+
+class _Measured(Scan):
+    """A scan that counts the bytes of each tile of its backward pass."""
+
+    def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
+        super().__init__(call, tensors)
+        self.peak = 0
+
+    def _backward_tile(self, *args: Any, sums: Sums) -> None:
+        made = sums.nbytes  # by earlier tiles, for all that follow
+        with LiveBytes() as live:
+            super()._backward_tile(*args, sums=sums)
+        self.peak = max(self.peak, made + int(live.peak))
 
 
 class _Sample:
@@ -75,42 +92,32 @@ class _Sample:
 
     def _training(self, kept: Forward) -> int:
         tensors = self.scan.tensors
-        results, states, pieces, _ = kept
-        gradients = [torch.empty_like(result) if result.is_floating_point() else None for result in results]
-        backward = Scan(self.scan.call, aliases(tensors, [tensor.requires_grad for tensor in tensors]))
-        peaks: list[int] = []
-
-        @contextmanager
-        def counting(sums: Sums) -> Iterator[None]:
-            # Earlier tiles have made these, for all that follow.
-            made = sums.nbytes
-            with LiveBytes() as live:
-                yield
-            peaks.append(made + int(live.peak))
-
+        gradients = [torch.empty_like(output) if output.is_floating_point() else None for output in kept.outputs]
+        backward = _Measured(self.scan.call, detached_leaves(tensors, [tensor.requires_grad for tensor in tensors]))
         with torch.no_grad():
-            backward.backward(states, pieces, {}, gradients, around=counting)
-        return max(peaks)
+            backward.backward(kept.states, kept.pieces, {}, gradients)
+        return backward.peak
 
     def _inference(self) -> int:
         with LiveBytes() as live:
-            results = Scan(self.scan.call, self.scan.tensors).forward(keep=False).results
-        return int(live.peak) - sum(result.nbytes for result in results) - self.carried(self.scan.grid)
+            outputs = Scan(self.scan.call, self.scan.tensors).forward(keep=False).outputs
+        return int(live.peak) - sum(output.nbytes for output in outputs) - self.carried(self.scan.grid)
 
     def carried(self, grid: Grid) -> int:
         """Bytes of all pieces; without gradients, of those that are alive at a time."""
-        sizes = {value: self._bytes(value) for value in range(1, len(self.scan.steps) + 1)}
+        sizes = {value: self._bytes(value) for value, _ in self.scan.program.computed()}
         if not self.trains:
             return grid.in_flight(sizes)
         return sum(size * grid.carried(value) for value, size in sizes.items())
 
     def owed(self, grid: Grid) -> int:
         """Bytes of the gradients of pieces that are alive at a time."""
-        trained = [value for value, step in enumerate(self.scan.steps, start=1) if self.trains and step.differentiable]
+        if not self.trains:
+            return 0
+        trained = (value for value, step in self.scan.program.computed() if step.differentiable)
         return grid.in_flight({value: self._bytes(value) for value in trained})
 
     def _bytes(self, value: int) -> int:
-        """Of one position along the streamed axes."""
-        dims = self.scan.steps[value - 1].local.dims
-        dtype = self.dtypes.get(value, self.scan.tensors[0].dtype)
-        return dtype.itemsize * prod(int(dim.size) for dim in dims if dim.tag is None)
+        """Bytes per position of the value along the streamed axes."""
+        dtype = self.dtypes.get(value, self.scan.tensors[IMAGE_SLOT].dtype)
+        return dtype.itemsize * prod(int(dim.size) for dim in self.scan.program.dims(value) if dim.tag is None)

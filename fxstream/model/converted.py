@@ -1,4 +1,4 @@
-"""The converted model: the module tree is the original's, with parameters and buffers shared."""
+"""The converted model: a GraphModule with the original's module tree, whose parameters and buffers it shares."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from torch import fx, nn
 
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.mirror import mirror_registries
-from ..scan.settings import AUTO, parse_bytes
+from ..scan.settings import parse_bytes
+from .older import provide
 from .streamed import Streamed
 
 
 class Converted(fx.GraphModule):
-    """What `fxstream.convert` returns: the original's module tree, the outer graph, and the submodule `streamed`."""
+    """What `fxstream.convert` returns.
+
+    It has the original's module tree, the outer graph as its `graph`, and the submodule `streamed`, whose `graph` holds
+    the streamed operations.
+    """
 
     def __init__(
         self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
     ):
         super().__init__({}, fx.Graph(), type(model).__name__)
         mirror_registries(self, model, {id(model): self})
-        # What else the user has put on the model, tensors that forward reads among it.
+        # Whatever else the user has put on the model; its forward may read it.
         vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
@@ -44,12 +49,11 @@ class Converted(fx.GraphModule):
 
     @property
     def tile_shape(self) -> tuple[int | None, ...] | str:
-        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed. Or "auto".
+        """Fresh image positions per step and dimension (N, C, *spatial), or "auto". None: that one is not streamed.
 
-        May be set to any form that `convert` takes, as long as the same axes are streamed: TileShapeError otherwise.
+        It may be set to any form that `convert` takes. Raises TileShapeError if other axes would be streamed.
         """
-        settings = self._streamed.settings
-        return AUTO if settings.auto else settings.tile_shape
+        return self._streamed.settings.tile_shape
 
     @tile_shape.setter
     def tile_shape(self, tile_shape: int | tuple[int | None, ...] | list[int | None] | str) -> None:
@@ -57,7 +61,10 @@ class Converted(fx.GraphModule):
 
     @property
     def memory_budget(self) -> int:
-        """Bytes that may be held between forward and backward so that fewer tiles are computed again; may be set."""
+        """Bytes that may be held between forward and backward so that fewer tiles are computed again.
+
+        It may be set to any form that `convert` takes. Raises MemoryBudgetError if it is none of them.
+        """
         return self._streamed.settings.memory_budget
 
     @memory_budget.setter
@@ -67,7 +74,7 @@ class Converted(fx.GraphModule):
         self._streamed.settings = settings
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
-        # GraphModule's own would keep only those modules that the graph calls.
+        # GraphModule's own method would keep only the modules that the graph calls.
         twin: Converted = type(self).__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
@@ -75,7 +82,7 @@ class Converted(fx.GraphModule):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Likewise, and GraphModule's own would trace the generated code anew.
+        # Likewise, and GraphModule's own method would trace the generated code again.
         state = {name: value for name, value in vars(self).items() if name != "_graph"}
         return _blank, (type(self).__name__,), {**state, "_graph": dump_graph(self._graph)}
 
@@ -86,6 +93,11 @@ class Converted(fx.GraphModule):
 
 
 def _blank(class_name: str) -> Converted:
+    """A model for pickle to fill."""
     converted: Converted = Converted.__new__(Converted)
     type(converted).__name__ = class_name
     return converted
+
+
+provide("tree", _blank=_blank)
+provide("stream", Streamed=Streamed)

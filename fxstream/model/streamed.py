@@ -1,7 +1,7 @@
 """The streamed submodule, and the autograd contract around its two scans.
 
-The contract is that of `torch.utils.checkpoint`: one differentiable operation whose inputs are the image and every
-tensor that it uses, and which computes its activations again in the backward pass.
+The contract is that of `torch.utils.checkpoint`: the streamed call is one differentiable operation. Its inputs are the
+image and every tensor that it uses, and it computes its activations again in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,63 +16,71 @@ from torch import fx, nn
 
 from ..errors import DoubleBackwardError
 from ..graph.serialize import dump_graph, load_graph
-from ..memory.fit import fitted
-from ..scan.call import Call, prepare
+from ..graph.trace import Assumptions
+from ..memory.fit import Fit, fitted
+from ..scan.call import Call, new_call
 from ..scan.checks import check_attributes, check_hooks, check_image, check_modes, check_whole
 from ..scan.noise import restored_on_failure
 from ..scan.settings import Settings
-from ..scan.tape import aliases
+from ..scan.tape import detached_leaves
 from ..scan.tiles import Scan
+from .older import upgraded
 
 
 class Streamed(nn.Module):
-    """The streamed part of a converted model; registers nothing, and finds what it needs in the model.
+    """The streamed part of a converted model.
 
-    Called with the image (N, C, *spatial) and the values that its graph takes besides, it returns the output of its
-    graph. Raises StreamingError and subclasses, see `fxstream.convert`.
+    It registers no modules or parameters of its own: at every call it finds them in the converted model. Called with
+    the image (N, C, *spatial) and the other values that its graph takes, it returns what its graph returns. Raises
+    StreamingError and its subclasses, see `fxstream.convert`.
     """
 
-    def __init__(self, graph: fx.Graph, settings: Settings):
+    def __init__(self, graph: fx.Graph, settings: Settings, assumptions: Assumptions):
         super().__init__()
         self.graph = graph
         self.settings = settings
+        self.assumptions = assumptions
         self._owner: tuple[nn.Module, ...] = ()
-        self._fits: dict[str, Settings] = {}
+        self._fits: dict[str, Fit] = {}
 
     def bind(self, owner: nn.Module) -> None:
-        """Use the modules of `owner`, which is kept in a tuple to stay unregistered."""
+        """Use the modules of `owner`. It is kept in a tuple, since nn.Module would register it as a submodule."""
         self._owner = (owner,)
 
     # As torch.compiler.disable, which would import torch._dynamo at once.
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch itself uses it so
     def forward(self, image: torch.Tensor, *inputs: Any) -> Any:
-        call, tensors = self.prepare(image, *inputs)
+        call, tensors = self.checked_call(image, *inputs)
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         scan = Scan(call, tensors)
         with restored_on_failure() if scan.random else nullcontext():
             if differentiable:
                 outputs = _StreamedFunction.apply(scan, *map(_with_node, tensors))
             else:
-                outputs = scan.forward(keep=False).results
-        returned = scan.returned(outputs)
+                outputs = scan.forward(keep=False).outputs
+        returned = scan.filled(outputs)
         return returned[0] if isinstance(self.graph.output_node().args[0], fx.Node) else returned
 
-    def prepare(self, image: torch.Tensor, *inputs: Any) -> tuple[Call, list[torch.Tensor]]:
-        """The call that `forward` makes, and its tensors. Raises what it raises."""
+    def checked_call(self, image: torch.Tensor, *inputs: Any) -> tuple[Call, list[torch.Tensor]]:
+        """The call that `forward` makes, and its tensors. Raises what `forward` raises before it computes."""
         (owner,) = self._owner
+        assumed = self.assumptions
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
         modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         check_image(image, self.settings)
         check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
-        check_hooks(modules, {path: owner.get_submodule(path) for path in self.settings.entered})
-        check_modes(owner, self.settings.guards)
-        check_attributes(owner, self.settings.attributes)
-        call, tensors = prepare(self.graph, self.settings, modules, image, inputs)
-        return (replace(call, settings=self._fitted(call, tensors)) if self.settings.auto else call), tensors
+        check_hooks(modules, {path: owner.get_submodule(path) for path in assumed.entered})
+        check_modes(owner, assumed.modes)
+        check_attributes(owner, assumed.attributes)
+        call, tensors = new_call(self.graph, self.settings, modules, image, inputs)
+        if self.settings.tiling.sizes is None:
+            tiles, budget = self._fitted(call, tensors)
+            call = replace(call, tiles=tiles, budget=budget)
+        return call, tensors
 
-    def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Settings:
-        """Found once for all calls that are alike in what matters to memory."""
+    def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Fit:
+        """The tiles for a call; found once for all calls that are alike in what matters to memory."""
         trained = torch.is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
         key = repr((call.shape, [tensor.dtype for tensor in tensors], trained, call.autocast, self.settings))
         if key not in self._fits:
@@ -80,13 +88,14 @@ class Streamed(nn.Module):
         return self._fits[key]
 
     def extra_repr(self) -> str:
-        return "tile_shape=auto" if self.settings.auto else f"tile_shape={self.settings.tile_shape}"
+        return f"tile_shape={self.settings.tile_shape}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The owner binds itself again.
+        # Whoever owns the copy binds itself to it.
         return {**vars(self), "graph": dump_graph(self.graph), "_owner": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = upgraded(state)
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
@@ -95,19 +104,19 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results, states, pieces, graphs = scan.forward(keep=True)
-        ctx.call, ctx.graphs = scan.call, graphs  # not the scan, which holds tensors
+        outputs, states, pieces, recorded = scan.forward(keep=True)
+        ctx.call, ctx.recorded = scan.call, recorded  # not the scan, which holds tensors
         ctx.keys = list(pieces)
         ctx.states = [len(state) for state in states]
         ctx.save_for_backward(*tensors, *pieces.values(), *chain(*states))
         ctx.set_materialize_grads(False)
         constant = [
-            result
-            for output, result in zip(scan.outputs.values(), results, strict=True)
-            if not scan.differentiable(output.value, result)
+            tensor
+            for output, tensor in zip(scan.outputs.values(), outputs, strict=True)
+            if not scan.differentiable(output.value, tensor)
         ]
         ctx.mark_non_differentiable(*constant)
-        return results
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -115,26 +124,30 @@ class _StreamedFunction(torch.autograd.Function):
         tensors = list(islice(saved, len(ctx.needs_input_grad) - 1))
         pieces = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
         states = [tuple(islice(saved, size)) for size in ctx.states]
+        scan = Scan(ctx.call, detached_leaves(tensors, _asked_for(ctx)))
         with torch.no_grad():
-            found = Scan(ctx.call, aliases(tensors, _asked_for(ctx))).backward(states, pieces, ctx.graphs, gradients)
+            found = scan.backward(states, pieces, ctx.recorded, gradients)
         if torch.is_grad_enabled():
             found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
         return (None, *found)
 
 
 def _with_node(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a node of the autograd graph of its own: of leaves, the engine does not say what it wants."""
+    """A view of a leaf; another tensor as it is.
+
+    `_will_engine_execute_node` cannot be asked about leaves, but it can be asked about the node of a view.
+    """
     return tensor.view_as(tensor) if tensor.requires_grad and tensor.is_leaf else tensor
 
 
 def _asked_for(ctx: Any) -> list[bool]:
-    """For each tensor whether this backward pass wants its gradient: `torch.autograd.grad` may name others."""
+    """For each tensor, whether this backward pass wants its gradient: `torch.autograd.grad` may ask for a few only."""
     edges = zip(ctx.needs_input_grad[1:], ctx.next_functions, strict=True)
     return [needed and torch._C._will_engine_execute_node(node) for needed, (node, _) in edges]
 
 
 class _RefuseSecond(torch.autograd.Function):
-    """Passes a first derivative on; refuses to be differentiated itself."""
+    """Passes a first derivative on, and refuses to be differentiated itself."""
 
     @staticmethod
     def forward(ctx: Any, gradient: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

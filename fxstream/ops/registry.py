@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..geometry.axes import Deferred, Dim, NotKnownError, Value
+from ..geometry.axes import Dim, Undetermined, UndeterminedError, Value
 from ..geometry.window import IDENTITY, Window
 from .totals import Reduction
 
@@ -51,7 +51,7 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Unknown(Deferred):
+class Unknown(Undetermined):
     """At conversion, a value that does not depend on the image and whose shape cannot be known before a call."""
 
     name: str
@@ -145,7 +145,7 @@ class Rule:
             return NotLocal(f"is called with arguments that its streaming rule does not cover ({error})")
         try:
             return self.function(*args, **kwargs)
-        except NotKnownError:
+        except UndeterminedError:
             return NotLocal("has an argument that is not known before the call", "make it a constant")
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
-from ..geometry.axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value
+from ..geometry.axes import Dim, Extent, Size, Symbol, Value
 from ..geometry.window import Span, Table, Window
 from .registry import Answer, Local, NotLocal, Unknown, register
 
@@ -273,9 +273,9 @@ def _integer(size: Size) -> int:
 
 
 def _resized(dim: Dim, size: Size) -> Dim:
-    """A dimension of that size, of which it is not forgotten that another value has it, too."""
-    if isinstance(size, SymbolicExtent):
-        size = size.symbol
+    """A dimension of that size; keeps the symbol, so that sizes taken from another value still compare equal."""
+    if isinstance(size, Symbol) and size.original is not None:
+        size = size.original
     return Dim(dim.tag, int(size) if isinstance(size, Extent) else size)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..geometry.axes import Dim, Extent, Size, Symbol, SymbolicExtent, Value, is_extent, reshaped
+from ..geometry.axes import Dim, Size, Symbol, Value, is_extent, is_extent_of, reshaped
 from ..geometry.axes import product as product_of
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
@@ -132,7 +132,7 @@ def _of_constant(tensor: Any, sizes: tuple[Any, ...], function: Callable[..., to
     """A tensor that does not depend on the image, viewed in sizes that are read off values, but not streamed."""
     if not all(isinstance(size, (int, Symbol)) for size in sizes):
         return NotLocal("is given sizes that are not known before the call")
-    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes):
+    if any(map(is_extent, sizes)):
         return NotLocal("gives a tensor the extent of a streamed axis")
     if isinstance(tensor, Unknown) or any(isinstance(size, Symbol) for size in sizes):
         return Fact(Unknown("a view"))
@@ -200,7 +200,7 @@ def expand(input: Any, *sizes: Any, size: Any = None) -> Answer:
     given = _sizes(sizes) if sizes else tuple(size)
     if isinstance(input, Value):
         return _expanded(input, given)
-    if not any(isinstance(size, (Extent, SymbolicExtent)) for size in given):
+    if not any(map(is_extent, given)):
         return _of_constant(input, given, torch.Tensor.expand)
     return _token(input, given)
 
@@ -215,7 +215,7 @@ def repeat(input: Any, *repeats: Any) -> Answer:
     counts = _sizes(repeats)
     if isinstance(input, Value):
         return _repeated(input, counts)
-    extents = [isinstance(count, (Extent, SymbolicExtent)) for count in counts]
+    extents = [is_extent(count) for count in counts]
     if any(extents) and all(extent or count == 1 for extent, count in zip(extents, counts, strict=True)):
         return _token(input, [count if extent else -1 for extent, count in zip(extents, counts, strict=True)])
     return _of_constant(input, counts, torch.Tensor.repeat)
@@ -223,7 +223,7 @@ def repeat(input: Any, *repeats: Any) -> Answer:
 
 def _repeated(x: Value, counts: Sequence[Any]) -> Answer:
     new = len(counts) - x.rank
-    if new < 0 or any(isinstance(count, (Unknown, Extent, SymbolicExtent)) for count in counts):
+    if new < 0 or any(isinstance(count, Unknown) or is_extent(count) for count in counts):
         return NotLocal("is repeated in a way that its streaming rule does not cover")
     dims = [Dim(None, count) for count in counts[:new]]
     for dim, count in zip(x.dims, counts[new:], strict=True):
@@ -237,10 +237,10 @@ def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
     new = len(sizes) - x.rank
     dims = [Dim(None, size) for size in sizes[:new]]
     for dim, size in zip(x.dims, sizes[new:], strict=True):
-        if dim.tag is not None and size != -1 and not is_extent(size, dim):
+        if dim.tag is not None and size != -1 and not is_extent_of(size, dim):
             return NotLocal(f"expands the streamed axis {dim.tag}")
         dims.append(dim if dim.tag is not None or size == -1 else Dim(None, size))
-    if any(isinstance(size, (Extent, SymbolicExtent)) for size in sizes[:new]):
+    if any(map(is_extent, sizes[:new])):
         return NotLocal("expands a value to the extent of a streamed axis")
     kept = [-1 if size == -1 or dim.tag is not None else size for dim, size in zip(dims, sizes, strict=True)]
     return Local((x,), tuple(dims), lambda block: block.expand(kept), aliases=x)
@@ -248,11 +248,11 @@ def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
 
 def _token(tensor: Any, sizes: Sequence[Any]) -> Answer:
     """A tensor that does not depend on the image, expanded to a size that does: a class token for each image."""
-    extents = {index: size for index, size in enumerate(sizes) if isinstance(size, (Extent, SymbolicExtent))}
+    extents = {index: size for index, size in enumerate(sizes) if is_extent(size)}
     if not extents or any(isinstance(size, Unknown) for size in sizes):
         return NotLocal("expands a tensor to a size that is not the extent of a streamed axis")
     source = next(iter(extents.values())).value
-    if any(not is_extent(size, source.dims[source.position(size.tag)]) for size in extents.values()):
+    if any(not is_extent_of(size, source.dims[source.position(size.tag)]) for size in extents.values()):
         return NotLocal("expands a tensor to the extents of different values")
     if {size.tag for size in extents.values()} != set(source.tags()) or len(extents) != len(source.tags()):
         return NotLocal("expands a tensor to the extents of some of the streamed axes only")

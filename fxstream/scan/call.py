@@ -1,4 +1,4 @@
-"""One call of the streamed submodule: everything that it hangs on but its tensors, which autograd keeps."""
+"""Everything one call of the streamed submodule depends on, except its tensors, which are passed beside it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import NotLocalError
-from ..geometry.axes import Dim, Value
-from ..geometry.schedule import Grid, SizeError, schedule
-from ..graph.answers import Lowered, Step, label, lower, program
+from ..geometry.axes import IMAGE, Dim, Value
 from .mirror import mirror
 from .noise import new_seed
+from .program import Program, lower
 from .settings import Settings
 
-
-class _Slot:
-    """Stands for a tensor among the inputs of a call."""
-
-
-_SLOT = _Slot()
+_TENSOR = object()
+"""Stands for a tensor among the inputs of a call."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call. Its tensors, in order: the image, the tensors among its other inputs, the state of its modules."""
+    """One call.
+
+    Its tensors are listed in this order: the image, the tensors among its other inputs, the state of its modules.
+    """
 
     graph: fx.Graph
     settings: Settings
+    tiles: tuple[int, ...]
+    """The size of a tile along each streamed axis; empty until it has been chosen."""
+    budget: int
+    """Bytes that the graphs of tiles may hold, so that these tiles are not computed again."""
     modules: Mapping[str, nn.Module]
-    """As they were at the call: whoever changes a mode before the backward pass does not change that."""
+    """Path -> module, as it was at the call: changing its mode before the backward pass changes nothing here."""
     shape: tuple[int, ...]
+    """Of the image: (N, C, *spatial)."""
     inputs: tuple[Any, ...]
-    """What enters besides the image, with a slot in place of each tensor."""
+    """What enters besides the image, with `_TENSOR` in place of each tensor."""
     state: tuple[tuple[str, str], ...]
     """(path of the module, name) of every parameter and buffer."""
     autocast: tuple[dict[str, Any], ...]
@@ -47,56 +49,60 @@ class Call:
 
     @cached_property
     def seed(self) -> int:
-        """Of the random numbers of the call; drawn only if there are any."""
+        """The seed of the call's random numbers; drawn only if there are any."""
         return new_seed()
 
     @contextmanager
     def autocasting(self) -> Iterator[None]:
-        """In the autocast regions of the call, with a cache that is off."""
+        """Enter the autocast regions of the call, with their caches off."""
         with ExitStack() as stack:
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))
             yield
 
-    def lowered(self, tensors: Sequence[torch.Tensor]) -> Lowered:
-        """Lower the graph onto the call's tensors, or onto aliases of them."""
-        rest = iter(tensors[1:])
-        inputs = [next(rest) if value is _SLOT else value for value in self.inputs]
+    def program(self, tensors: Sequence[torch.Tensor]) -> Program:
+        """Lower the graph onto the call's tensors, or onto detached leaves that share their memory."""
+        image, *others = tensors
+        rest = iter(others)
+        inputs = [next(rest) if value is _TENSOR else value for value in self.inputs]
         attributes: dict[str, dict[str, torch.Tensor]] = {path: {} for path in self.modules}
         for (path, name), tensor in zip(self.state, rest, strict=True):
             attributes[path][name] = tensor
         axes = self.settings.axes
         sizes = zip(self.settings.names, self.shape, strict=True)
-        image = Value(tuple(Dim(name if name in axes else None, size) for name, size in sizes), index=0)
-        differentiable = tensors[0].requires_grad
-        return lower(
-            self.graph, image, differentiable, inputs, self.modules, attributes, axes, self.settings.freeze_batchnorm
-        )
-
-    def grid(self, steps: Sequence[Step]) -> Grid:
-        """The schedule of all streamed axes. Raises NotLocalError where an operation broadcasts along one of them."""
-        sizes = dict(zip(self.settings.names, self.shape, strict=True))
-        planned = []
-        for axis, tile in self.settings.tiles.items():
-            try:
-                planned.append(schedule(program(steps, axis), sizes[axis], tile))
-            except SizeError as error:
-                # That a window does not fit has come up in lowering.
-                where = label(steps[error.value - 1].node)
-                raise NotLocalError(f"{where}, along {axis} of an image of {sizes[axis]}: {error}") from None
-        return Grid(tuple(planned))
+        value = Value(tuple(Dim(name if name in axes else None, size) for name, size in sizes), IMAGE)
+        freeze = self.settings.freeze_batchnorm
+        return lower(self.graph, value, image.requires_grad, inputs, self.modules, attributes, axes, freeze)
 
 
-def prepare(
+def new_call(
     graph: fx.Graph, settings: Settings, modules: Mapping[str, nn.Module], image: torch.Tensor, inputs: Sequence[Any]
 ) -> tuple[Call, list[torch.Tensor]]:
     """A call and its tensors, read from the modules as they are now."""
     state = {(path, name): tensor for path, module in modules.items() for name, tensor in _tensors(module).items()}
-    template = tuple(_SLOT if isinstance(value, torch.Tensor) else value for value in inputs)
+    template = tuple(_TENSOR if isinstance(value, torch.Tensor) else value for value in inputs)
     tensors = [*(value for value in inputs if isinstance(value, torch.Tensor)), *state.values()]
     computing = state.values() or tensors or [image]
     device = next(iter(computing)).device
-    autocast = tuple(
+    memo: dict[int, nn.Module] = {}
+    call = Call(
+        graph=graph,
+        settings=settings,
+        tiles=settings.tiling.sizes or (),
+        budget=settings.memory_budget,
+        modules={path: mirror(module, memo) for path, module in modules.items()},
+        shape=tuple(image.shape),
+        inputs=template,
+        state=tuple(state),
+        autocast=_autocast_regions(device),
+        device=device,
+    )
+    return call, [image, *tensors]
+
+
+def _autocast_regions(device: torch.device) -> tuple[dict[str, Any], ...]:
+    """The options of the autocast regions that we are in, as far as they matter on `device`."""
+    return tuple(
         {
             "device_type": kind,
             "enabled": torch.is_autocast_enabled(kind),
@@ -107,10 +113,6 @@ def prepare(
         for kind in dict.fromkeys(("cpu", device.type))
         if torch.amp.is_autocast_available(kind)
     )
-    memo: dict[int, nn.Module] = {}
-    frozen = {path: mirror(module, memo) for path, module in modules.items()}
-    call = Call(graph, settings, frozen, tuple(image.shape), template, tuple(state), autocast, device)
-    return call, [image, *tensors]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Carries: put a block together with what earlier tiles kept, hand it to its readers, keep what later tiles need."""
+"""Carries: join a block with the rows that earlier tiles kept, hand it to its readers, keep what later tiles need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..geometry.schedule import Index, Layout
+from ..geometry.grid import Index, Layout
 
 Blocks = tuple["torch.Tensor | None", ...]
 
@@ -30,69 +30,72 @@ def empty_like(block: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
     return torch.empty_permuted(shape, order, dtype=block.dtype, device=block.device)
 
 
-class Placement:
-    """A layout, whose slices speak of streamed axes, in terms of a value's own dimensions."""
+class TensorLayout:
+    """The layout of a value's region as indices into tensors: the slices of streamed axes at the value's dimensions."""
 
     def __init__(self, layout: Layout, dims: Sequence[int], rank: int):
         whole = tuple(slice(0, extent) for extent in layout.extent)
-        self.layout = layout  # kept alive: a scan finds the placement by the layout's identity
+        self.layout = layout  # kept alive, since a scan finds this object by the layout's identity
         self.extent = dict(zip(dims, layout.extent, strict=True))
         self.own = None if layout.own is None else index_of(layout.own, dims, rank)
         self.parts = [
-            (part.offset, part.piece, index_of(part.src, dims, rank), index_of(part.dst, dims, rank))
+            (part.offset, part.axis, index_of(part.src, dims, rank), index_of(part.dst, dims, rank))
             for part in layout.parts
         ]
         self.reads = [None if read is None else index_of(read, dims, rank) for read in layout.reads]
-        self.keeps = [(piece, index_of(kept, dims, rank)) for piece, kept in layout.keeps]
+        self.keeps = [(axis, index_of(kept, dims, rank)) for axis, kept in layout.keeps]
         self.idle = not self.keeps and all(read is None for read in self.reads)
         """Nothing is read and nothing kept."""
-        self.passes = layout.own == whole and not self.keeps and all(read in (None, whole) for read in layout.reads)
-        """Nothing is carried in or out, and every reader takes the whole block."""
+        self.is_block = layout.own == whole and not self.keeps and all(read in (None, whole) for read in layout.reads)
+        """The region is the fresh block, which every reader takes whole; nothing is carried in or out."""
 
 
-def _region(place: Placement, block: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _region(layout: TensorLayout, block: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The fresh block behind the rows carried into the tile."""
     if block is not None and not parts:
         return block
-    region = empty_like(parts[0] if block is None else block, place.extent)
-    for part, (_, _, _, dst) in zip(parts, place.parts, strict=True):
+    region = empty_like(parts[0] if block is None else block, layout.extent)
+    for part, (_, _, _, dst) in zip(parts, layout.parts, strict=True):
         region[dst] = part
     if block is not None:
-        region[place.own] = block
+        region[layout.own] = block
     return region
 
 
-def stitch(place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
-    """What each reader gets, then what is kept (views of the block), as plain tensors."""
-    region = None if all(read is None for read in place.reads) else _region(place, block, parts)
-    reads = tuple(None if read is None or region is None else region[read] for read in place.reads)
-    keeps = tuple(block[kept] for _, kept in place.keeps) if block is not None else ()
+def stitch(layout: TensorLayout, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
+    """What each reader gets, then what is kept (views of the block), as plain tensors.
+
+    `block` is the fresh block, if the tile computes one; `parts` are the rows that earlier tiles kept.
+    """
+    region = None if all(read is None for read in layout.reads) else _region(layout, block, parts)
+    reads = tuple(None if read is None or region is None else region[read] for read in layout.reads)
+    keeps = tuple(block[kept] for _, kept in layout.keeps) if block is not None else ()
     return reads + keeps
 
 
 class Stitch(torch.autograd.Function):
-    """`stitch` with its gradient: the reads' gradients are added up in the region, once, and cut apart again."""
+    """`stitch` for autograd: the gradients of all reads are added up in the region, which is then cut apart again."""
 
     @staticmethod
-    def forward(ctx: Any, place: Placement, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
-        ctx.place = place
+    def forward(ctx: Any, layout: TensorLayout, block: torch.Tensor | None, *parts: torch.Tensor) -> Blocks:
+        ctx.layout = layout
         ctx.has_block = block is not None
         ctx.shape = (parts[0] if block is None else block).shape
         ctx.set_materialize_grads(False)
-        return stitch(place, block, *parts)
+        return stitch(layout, block, *parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        place: Placement = ctx.place
-        reads, keeps = grads[: len(place.reads)], grads[len(place.reads) :]
-        given = [(g, i) for g, i in zip(reads, place.reads, strict=True) if g is not None]
+        layout: TensorLayout = ctx.layout
+        reads, keeps = grads[: len(layout.reads)], grads[len(layout.reads) :]
+        given = [(g, i) for g, i in zip(reads, layout.reads, strict=True) if g is not None]
         region, owned = Stitch._gradient(ctx, given)
-        parts = [None if region is None else region[dst] for _, _, _, dst in place.parts]
+        parts = [None if region is None else region[dst] for _, _, _, dst in layout.parts]
         if not ctx.has_block:
             return (None, None, *parts)
-        block = None if region is None or place.own is None else region[place.own]
-        kept = [(g, i) for g, (_, i) in zip(keeps, place.keeps, strict=True) if g is not None]
+        block = None if region is None or layout.own is None else region[layout.own]
+        kept = [(g, i) for g, (_, i) in zip(keeps, layout.keeps, strict=True) if g is not None]
         if kept:
             if block is None:
                 block = empty_like(kept[0][0], dict(enumerate(ctx.shape))).zero_()
@@ -104,14 +107,17 @@ class Stitch(torch.autograd.Function):
 
     @staticmethod
     def _gradient(ctx: Any, reads: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor | None, bool]:
-        """The gradient of the region, and whether it is ours to add to: that of a read may be other nodes', too."""
-        place: Placement = ctx.place
+        """The gradient of the region, and whether we may modify it in place.
+
+        We may not if it is the gradient of a read, which autograd may have given to other nodes, too.
+        """
+        layout: TensorLayout = ctx.layout
         if not reads:
             return None, True
-        shape = [place.extent.get(dim, size) for dim, size in enumerate(ctx.shape)]
+        shape = [layout.extent.get(dim, size) for dim, size in enumerate(ctx.shape)]
         whole = next((read for read in reads if list(read[0].shape) == shape), None)
         if whole is None:
-            total = empty_like(reads[0][0], place.extent).zero_()
+            total = empty_like(reads[0][0], layout.extent).zero_()
         elif len(reads) == 1:
             return whole[0], False
         else:

@@ -23,7 +23,7 @@ def check_image(image: Any, settings: Settings) -> None:
         raise InputError(f"the streamed image must be a tensor {form}, not {type(image).__name__}")
     if image.dim() != len(settings.names):
         raise InputError(f"the streamed image must be {form}, and has the shape {tuple(image.shape)}")
-    channels = settings.tile_shape[1]
+    channels = settings.tiling.channels
     if channels is not None and image.shape[1] != channels:
         raise InputError(f"tile_shape says {channels} channels, and the image has {image.shape[1]}")
     if not image.numel():
@@ -57,14 +57,14 @@ def check_hooks(called: Mapping[str, nn.Module], entered: Mapping[str, nn.Module
     for path, module in chain(entered.items(), inside):
         if path and has_hooks(module):
             raise HookError(
-                f"{path} has acquired a hook after the conversion, which would run once a tile or not at all. "
+                f"{path} has acquired a hook after the conversion, which would run once per tile or not at all. "
                 "Way out: register it before the conversion; streaming then ends in front of this module."
             )
 
 
-def check_modes(owner: nn.Module, guards: Mapping[str, bool]) -> None:
+def check_modes(owner: nn.Module, modes: Mapping[str, bool]) -> None:
     """Raises ModeError if a module is not in the mode in which its forward was traced."""
-    for path, training in guards.items():
+    for path, training in modes.items():
         module = owner.get_submodule(path)
         if module.training is training:
             continue

@@ -1,4 +1,4 @@
-"""Regions of the image on the device that computes: each is copied once a pass, ahead of its tile."""
+"""Regions of the image on the device that computes. Each is copied once per pass, ahead of the tile that reads it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the scan hands over: whole values, put together block by block, and totals of reductions."""
+"""What the scan returns: whole values, put together block by block, and totals of reductions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ class Output(ABC):
     """One output of a scan, made of the blocks of one value."""
 
     def __init__(self, value: int, sizes: Mapping[int, int]):
-        """`value`: its place in the program; `sizes` of the whole of it along its streamed dimensions."""
+        """`value` is its number in the program; `sizes` are those of the whole value along its streamed dimensions."""
         self.value = value
         self.sizes = sizes
 
@@ -32,19 +32,19 @@ class Output(ABC):
 
     @abstractmethod
     def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """The gradient of a block, computed once more, from that of the output."""
+        """The gradient of a block from the gradient of the output; `block` is the block, computed once more."""
 
     @property
     def state(self) -> Totals:
-        """The tensors that `gradient` needs besides."""
+        """The tensors that `gradient` needs besides those."""
         return ()
 
     def restore(self, state: Totals) -> None:
-        """Go on with a state that another scan left."""
-        assert not state, "there is none"
+        """Take over the state that the forward scan has left."""
+        assert not state, "an output without totals has no state"
 
     def complete(self) -> bool:
-        """Whether, when `gradient` has been asked for all blocks, each position has got its share."""
+        """Whether every position has got its share, after `gradient` has been asked for all blocks."""
         return True
 
 
@@ -76,24 +76,21 @@ class Accumulated(Output):
         self._reduction, self._keepdim = total.reduction, total.keepdim
         self._over = total.reduction.over
         self._totals: Totals = ()
-        self._finished: Callable[[], torch.Tensor]
+        self._whole_sizes: Sequence[int] = ()
+        self._dtype: torch.dtype | None = None
 
     def add(self, rows: Rows, block: torch.Tensor) -> None:
         place = self._place(rows, block)
         if not self._totals:
             shape = [1 if dim in self._over else size for dim, size in enumerate(place.sizes)]
             self._totals = self._reduction.empty(block, shape)
-            dtype = self._reduction.dtype(block)
-            self._finished = lambda: self._finish(place.sizes, dtype)
+            self._whole_sizes, self._dtype = place.sizes, self._reduction.dtype(block)
         self._reduction.add(self._part(rows), block, place)
 
     def result(self) -> torch.Tensor:
-        return self._finished()
-
-    def _finish(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        result = self._reduction.result(self._totals, sizes)
-        # A copy: whoever overwrites it shall not change a total.
-        return (result if self._keepdim else result.squeeze(self._over)).to(dtype, copy=True)
+        result = self._reduction.result(self._totals, self._whole_sizes)
+        # A copy, so that whoever overwrites it does not change a total.
+        return (result if self._keepdim else result.squeeze(self._over)).to(self._dtype, copy=True)
 
     def gradient(self, rows: Rows, block: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         for dim in () if self._keepdim else self._over:

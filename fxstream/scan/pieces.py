@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from ..geometry.schedule import Tile
+from ..geometry.grid import Tile
 
 Key = tuple[int, Tile, int]
-"""A kept piece: value, tile, piece."""
+"""A kept piece: the value, the tile that computed it, the axis along which it is carried."""
 
 
 class Pieces:
-    """The pieces of a forward pass, on the device that computes for as long as tiles of this pass read them.
+    """The pieces that a forward pass keeps.
 
-    The others wait for the backward pass where the image is: one too large for a GPU comes with carries that are. That
-    memory is pinned, and the copies into it are waited for once, at the end.
+    A piece stays on the device that computes until the last tile of this pass has read it. Then it moves to the image's
+    device to wait for the backward pass: if the image is too large for the GPU, so are the saved carries. Out of a GPU
+    it goes to pinned memory, and the copies are waited for once, after the last tile.
 
     Attributes:
-        held: all that there are.
+        held: the pieces that there are now.
     """
 
     def __init__(self, device: torch.device, home: torch.device, keep: bool):

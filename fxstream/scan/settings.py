@@ -1,67 +1,65 @@
-"""What a conversion fixes, and the forms of `tile_shape`."""
+"""What the user has asked for: which axes are streamed, in tiles of which size, and how much memory may be used."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..errors import MemoryBudgetError, TileShapeError
 
-TileShape = tuple[int | None, ...]
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A `tile_shape`, whichever form it was given in."""
+
+    axes: tuple[str, ...]
+    """The streamed axes, such as ("H", "W")."""
+    sizes: tuple[int, ...] | None
+    """Fresh image positions per step along each of them; None if every call chooses them ("auto")."""
+    channels: int | None = None
+    """The number of channels that the image must have, if `tile_shape` says so."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a conversion fixes."""
+    """What the user has asked for."""
 
     names: tuple[str, ...]
     """The image's dimensions, such as ("N", "C", "H", "W")."""
-    tile_shape: TileShape
-    """Fresh image positions per step and dimension; None for a dimension that is not streamed."""
+    tiling: Tiling
     freeze_batchnorm: bool
+    """Whether streamed batch norms use their running statistics in every mode."""
     memory_budget: int = 0
-    """Bytes that may be held between forward and backward so that fewer tiles are computed again; with `auto`, that
-    everything but image and outputs may take."""
-    auto: bool = False
-    """Whether every call chooses its tiles; `tile_shape` then only says which axes are streamed."""
-    guards: Mapping[str, bool] = field(default_factory=dict)
-    """Path of a module -> the training flag that the traced control flow relies on."""
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Path of a module -> values of its attributes, by name, that the graphs hold as constants."""
-    entered: tuple[str, ...] = ()
-    """Paths of modules whose operations are in the graphs without a call of the module."""
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        """The streamed axes and the size of a tile along each."""
-        sizes = zip(self.names, self.tile_shape, strict=True)
-        return {name: size for name, size in sizes if size is not None and name != "C"}
+    """Bytes that may be held between forward and backward so that fewer tiles are computed again. With tile_shape
+    "auto": bytes that everything but the image and the outputs may take."""
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The streamed axes."""
-        return tuple(self.tiles)
+        return self.tiling.axes
+
+    @property
+    def tile_shape(self) -> tuple[int | None, ...] | Literal["auto"]:
+        """Fresh image positions per step and dimension, (N, C, *spatial); None for one that is not streamed."""
+        if self.tiling.sizes is None:
+            return AUTO
+        sizes = {"C": self.tiling.channels, **dict(zip(self.axes, self.tiling.sizes, strict=True))}
+        return tuple(map(sizes.get, self.names))
 
     def check(self) -> None:
         """Raises TileShapeError if there is nothing to choose tiles by."""
-        if self.auto and not self.memory_budget:
+        if self.tiling.sizes is None and not self.memory_budget:
             raise TileShapeError(
                 'tile_shape="auto" fits tiles to a memory budget, and there is none. Way out: memory_budget="4GiB" '
                 "or what else they may take"
             )
 
-    def tiled(self, tiles: Mapping[str, int]) -> Settings:
-        """The same with tiles of these sizes along the streamed axes."""
-        sizes = zip(self.names, self.tile_shape, strict=True)
-        return replace(self, tile_shape=tuple(tiles.get(name, size) for name, size in sizes), auto=False)
-
     def retiled(self, tile_shape: object) -> Settings:
         """The same with tiles of another size. Raises TileShapeError, also if other axes would be streamed."""
-        changed = replace(self, tile_shape=parse(tile_shape, self.names), auto=tile_shape == AUTO)
+        changed = replace(self, tiling=parse_tile_shape(tile_shape, self.names))
         changed.check()
         if changed.axes != self.axes:
             raise TileShapeError(
@@ -71,34 +69,47 @@ class Settings:
         return changed
 
 
-def parse(tile_shape: object, names: tuple[str, ...]) -> TileShape:
-    """One size a dimension, (N, C, *spatial), from any form of `tile_shape`. Raises TileShapeError."""
-    spatial = len(names) - 2
+def parse_tile_shape(tile_shape: object, names: tuple[str, ...]) -> Tiling:
+    """The tiling that `tile_shape` asks for; `names` are those of the image's dimensions. Raises TileShapeError."""
     if tile_shape == AUTO:
-        return (None, None, *(sys.maxsize,) * spatial)
-    forms = f'"auto", a size, ({", ".join(names[2:])}) or ({", ".join(names)})'
-    if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
-        sizes: TileShape = (None, None, *(tile_shape,) * spatial)
-    elif not isinstance(tile_shape, (tuple, list)):
-        raise TileShapeError(f"tile_shape must be {forms}, not {tile_shape!r}")
-    elif len(tile_shape) == spatial:
-        sizes = (None, None, *tile_shape)
-    elif len(tile_shape) == spatial + 2:
-        sizes = tuple(tile_shape)
-    else:
-        raise TileShapeError(f"tile_shape must be {forms}; {tuple(tile_shape)!r} has {len(tile_shape)} entries")
-    for name, size in zip(names, sizes, strict=True):
+        return Tiling(names[2:], None)
+    sizes = dict(zip(names, _per_dimension(tile_shape, names), strict=True))
+    for name, size in sizes.items():
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise TileShapeError(f"tile_shape must hold positive integers or None, and has {size!r} for {name}")
-    if all(size is None for name, size in zip(names, sizes, strict=True) if name != "C"):
+    channels = sizes.pop("C")
+    streamed = {name: size for name, size in sizes.items() if size is not None}
+    if not streamed:
         raise TileShapeError("tile_shape streams no axis: give at least one of its entries a size")
-    return sizes
+    return Tiling(tuple(streamed), tuple(streamed.values()), channels)
 
 
-_UNITS = {"": 1} | {
-    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
-    for power, prefix in enumerate(("", "K", "M", "G", "T"))
-    for binary in (("", "i") if prefix else ("",))
+def _per_dimension(tile_shape: object, names: tuple[str, ...]) -> tuple[int | None, ...]:
+    """One entry per dimension, (N, C, *spatial), which may be anything yet."""
+    spatial = len(names) - 2
+    forms = f'"auto", a size, ({", ".join(names[2:])}) or ({", ".join(names)})'
+    if isinstance(tile_shape, int) and not isinstance(tile_shape, bool):
+        return (None, None, *(tile_shape,) * spatial)
+    if not isinstance(tile_shape, (tuple, list)):
+        raise TileShapeError(f"tile_shape must be {forms}, not {tile_shape!r}")
+    if len(tile_shape) == spatial:
+        return (None, None, *tile_shape)
+    if len(tile_shape) == spatial + 2:
+        return tuple(tile_shape)
+    raise TileShapeError(f"tile_shape must be {forms}; {tuple(tile_shape)!r} has {len(tile_shape)} entries")
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
 }
 
 
@@ -107,9 +118,8 @@ def parse_bytes(size: int | str | None) -> int:
     if size is None:
         return 0
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if found and found[2].lower() in units:
-        return int(float(found[1]) * units[found[2].lower()])
+    if found and found[2].lower() in _UNITS:
+        return int(float(found[1]) * _UNITS[found[2].lower()])
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     raise MemoryBudgetError(f'memory_budget must be a number of bytes or text such as "4GiB" or "500 MB", not {size!r}')

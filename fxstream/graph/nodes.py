@@ -1,0 +1,81 @@
+"""Words for the nodes of an fx graph: what a node calls, what the user calls it, and what nested arguments hold."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..ops import Rule, rule_for, rule_for_module
+
+INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
+"""The functions of `operator` that overwrite their first argument, if that is a tensor."""
+_KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
+_ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator.setitem}
+
+
+def label(node: fx.Node) -> str:
+    """How a node is named to the user: by the module's path in the model, else by the module that it is in."""
+    if node.op == "call_module":
+        return str(node.target)
+    path = next(reversed(modules_around(node)), "")
+    return f"{path}: {node.name}" if path else node.name
+
+
+def modules_around(node: fx.Node) -> list[str]:
+    """Paths of the modules in whose forward a node was traced, the innermost last."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def operation(node: fx.Node, module: nn.Module | None) -> str:
+    """The operation of a node in the user's words: BatchNorm2d, torch.relu, .view()."""
+    if module is not None:
+        return type(module).__name__
+    if node.op == "call_method":
+        return f".{node.target}()"
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{(getattr(node.target, '__module__', None) or 'torch').lstrip('_')}.{name}"
+
+
+def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    """The rule of a node's operation; `module` is the one that it calls."""
+    return rule_for(node.target) if module is None else rule_for_module(module)
+
+
+def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
+    """The number of spatial axes that a node's operation is made for, if it fixes one: it slides, pools or pads."""
+    rule = rule_of(node, module)
+    return None if rule is None else rule.spatial
+
+
+def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
+    if module is not None:
+        own = rule_for_module(module) is None and not type(module).__module__.startswith("torch.nn.")
+        return own or any(getattr(part, "inplace", False) for part in module.modules())
+    if node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
+        return True
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    by_name = name.endswith("_") and not name.endswith("__")
+    by_argument = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+    return by_name or by_argument or node.target in _ASSIGNING
+
+
+def leaves(nested: Any) -> list[Any]:
+    """What nested tuples, lists, dicts and slices hold."""
+    found: list[Any] = []
+    fx.node.map_aggregate(nested, found.append)
+    return found
+
+
+def output_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes whose values a streamed graph returns: one, or a tuple of them."""
+    (output,) = graph.output_node().args
+    return [output] if isinstance(output, fx.Node) else list(output)  # type: ignore[arg-type]  # a tuple of nodes
+
+
+def requires_grad(value: Any) -> bool:
+    """Whether a value is a tensor that requires a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
