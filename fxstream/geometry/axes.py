@@ -1,9 +1,9 @@
 """Axis tags: which dimension of a value is which streamed axis. Integers and names only, no torch.
 
-Streaming is along a chosen set of axes of the image. Only those carry a tag (`"N"`, `"H"`, `"W"` ...); a dimension
-without a tag is whole in every block, and operations may do with it what they like. Every value of the streamed
-part has every tag exactly once. Sizes that a model reads off a value are those of the whole value, and remember
-whether they are the extent of a streamed axis.
+Streaming runs along a chosen set of the image's axes. Only these have a tag ("N", "H", "W" ...). A dimension without a
+tag is whole in every block, so an operation may do anything along it. Every value of the streamed part has every tag
+exactly once. A size that a model reads off a value is that of the whole value; it remembers the streamed axis that it
+belongs to, if any.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPATIAL_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
 
 
 def axis_names(spatial: int) -> tuple[str, ...]:
-    """Names of the dimensions of an image with so many spatial axes: ("N", "C", "H", "W") for 2."""
+    """Names of an image's dimensions by its number of spatial axes: ("N", "C", "H", "W") for 2."""
     return ("N", "C", *SPATIAL_NAMES[spatial])
 
 
@@ -77,7 +77,7 @@ class Dim:
 
     @property
     def known(self) -> int | None:
-        """Its size, if that is known already."""
+        """Its size; None at conversion, if the size is known only at a call."""
         return self.size if isinstance(self.size, int) else None
 
     def through(self, window: Window) -> Dim:
@@ -95,18 +95,18 @@ def _keeps_size(window: Window) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of a tensor that depends on the image; compared by identity."""
+    """A tensor that depends on the image, as a rule sees it: its dimensions. Compared by identity."""
 
     dims: tuple[Dim, ...]
     index: int = -1
-    """Its place in the program; set by whoever runs the rules."""
+    """Its number among the values of the streamed part; set by whoever asks the rules."""
 
     @property
     def rank(self) -> int:
         return len(self.dims)
 
     def dim(self, index: int) -> int:
-        """A dimension counted from 0, from one that may be counted from the end. Raises IndexError."""
+        """The dimension that `index`, possibly counted from the end, stands for. Raises IndexError."""
         if not -self.rank <= index < self.rank:
             raise IndexError(f"dimension {index} of a value with {self.rank} dimensions")
         return index % self.rank
@@ -129,7 +129,7 @@ class Value:
         return tuple(dim.through(windows.get(index, IDENTITY)) for index, dim in enumerate(self.dims))
 
     def size(self, index: int) -> Size:
-        """The size of a dimension as a model reads it: of the whole value, and aware of the axis."""
+        """The size of a dimension as a model reads it: that of the whole value, and aware of its streamed axis."""
         dim = self.dims[self.dim(index)]
         if dim.tag is None:
             return dim.size
@@ -152,7 +152,7 @@ def broadcast(values: Iterable[Value]) -> tuple[Dim, ...] | None:
 
 def _joined(dims: list[Dim]) -> Dim:
     others = [dim for dim in dims if dim.size != 1] or dims
-    # Known sizes that differ come up when the schedule is made, as an error that names the operation.
+    # Known sizes that differ are found when the schedule is made, as an error that names the operation.
     alike = all(dim.size == others[0].size for dim in others) or all(dim.known is not None for dim in others)
     return others[0] if alike else Dim(others[0].tag, Symbol())
 
@@ -170,7 +170,7 @@ def is_extent_of(size: object, dim: Dim) -> bool:
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """The product of sizes; one that nobody knows if one of them is such."""
+    """The product of sizes; a new Symbol if one of them is not known."""
     total = 1
     for size in sizes:
         if isinstance(size, Symbol):
@@ -194,7 +194,7 @@ def reshaped(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
 
 
 def _reshaped(dims: Sequence[Dim], sizes: Sequence[Size], inferred: int | None) -> list[Dim] | None:
-    """The same, where -1 stands for the streamed dimension `inferred`, or for one that is not streamed."""
+    """The same, if -1 stands for the streamed dimension `inferred`; with None, for a dimension that is not streamed."""
     result: list[Dim] = []
     start = at = 0
     for index in [*(i for i, dim in enumerate(dims) if dim.tag is not None), len(dims)]:
@@ -243,5 +243,5 @@ def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
     elif -1 in sizes:
         missing = unknown[0] if len(unknown) == 1 and not wanted and before == after else missing
     elif not wanted and (not before or after % before or after == before):
-        return None  # what is not known cannot vanish
+        return None  # an unknown size cannot disappear
     return [Dim(None, missing if size == -1 else size) for size in sizes]

@@ -1,7 +1,7 @@
 """Windows: which input rows an output row reads, along one axis. Integers only, no torch.
 
-A window is declared once; sizes, readiness, carries, padding and receptive fields all follow from it.
-"Row" stands for a position along whichever axis is meant.
+A window is declared once, and everything else is derived from it: sizes, which rows can be computed when, carries,
+padding, receptive fields. "Row" means a position along the axis, whichever axis that is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Window(ABC):
 
     @abstractmethod
     def whole(self, length: int) -> Span:
-        """The span of all output rows, for an operation that gets all `length` input rows, read or not."""
+        """The span of all output rows, for an operation that gets all `length` input rows, even those it does not read."""
 
     def ready(self, available: int, length: int) -> int:
         """How many output rows can be computed from the first `available` of `length` input rows."""
@@ -189,9 +189,9 @@ class Transposed(Window):
 
 @dataclass(frozen=True)
 class Table(Window):
-    """A window given row by row, that of resampling: output row `i` reads input rows `[first[i], end[i])`.
+    """A window given row by row, as resampling needs it: output row `i` reads input rows `[first[i], end[i])`.
 
-    It is that of one length of the axis. Neither `first` nor `end` ever decreases.
+    It holds for an axis of `length` rows only. Neither `first` nor `end` ever decreases.
     """
 
     length: int

@@ -1,8 +1,10 @@
 """In-place operations: which values share memory, and what a reader sees after one of them is overwritten.
 
-The streamed part is functional: an in-place operation becomes an out-of-place one, and whoever reads the overwritten
-value later reads the result instead. Where that would not be the same thing, the operation is not local. Values that do
-not depend on the image are read once, before the streamed call: all of its operations must want them in that state.
+The streamed part is functional. An in-place operation becomes an out-of-place one, and whoever reads the overwritten
+value later reads the result instead. Where that would not compute the same thing, the operation is not local.
+
+Values that do not depend on the image, here called constants, are read once, before the streamed call. All streamed
+operations must therefore need the same version of them.
 """
 
 from __future__ import annotations
@@ -14,47 +16,55 @@ from torch import fx
 from ..ops import NotLocal
 from .nodes import label
 
-Homes = frozenset["fx.Node | str"]
+Bases = frozenset["fx.Node | str"]
+"""What owns memory that a value may share: nodes, and parameters and buffers by their path."""
 _WAY_OUT = "use the out-of-place form"
 
 
 class Aliasing:
-    """The memory of the values of one graph, filled in as a walk passes its nodes."""
+    """Which values of a graph may share memory. A walk over the graph fills it in, node by node."""
 
     def __init__(self, graph: fx.Graph, image: fx.Node):
         self._order = {node: index for index, node in enumerate(graph.nodes)}
         self._image = image
-        self._homes: dict[fx.Node, Homes] = {image: frozenset([image])}
-        """A value -> whose memory it may share: itself, values that it may be a view of, parameters by their path."""
+        self._bases: dict[fx.Node, Bases] = {image: frozenset([image])}
         self._latest: dict[fx.Node, fx.Node] = {}
-        """A value that was overwritten -> the result."""
-        self._spoilt: set[fx.Node | str] = set()
-        """Homes that an operation of the head has written into."""
-        self._constant_reads: list[tuple[fx.Node, Homes]] = []
-        """Streamed operations and the homes of the constants that they read."""
-        self._constant_writes: list[tuple[fx.Node, Homes]] = []
+        """A value that was overwritten -> the result of the last operation that did so."""
+        self._written_by_head: set[fx.Node | str] = set()
+        """The bases into which an operation of the head may have written."""
+        self._constant_reads: list[tuple[fx.Node, Bases]] = []
+        """Streamed operations, and the bases of the constants that they read."""
+        self._constant_writes: list[tuple[fx.Node, Bases]] = []
+        """Operations that may overwrite constants, and the bases of these."""
         self._barrier = -1
+        """The position in the graph of the last write that a streamed operation depends on."""
 
     def latest(self, node: fx.Node) -> fx.Node:
         """The node whose value a reader of `node` sees from here on."""
         return self._latest.get(node, node)
 
-    def spoilt(self, sources: Iterable[fx.Node], state: Iterable[str]) -> bool:
-        """Whether the head may have changed a value or a module's state: what reads it now belongs to the head."""
-        return not self._spoilt.isdisjoint(self._union(sources, state))
+    def written_by_head(self, sources: Iterable[fx.Node], state: Iterable[str]) -> bool:
+        """Whether the head may have changed one of these values, or this state of a module.
+
+        If so, an operation that reads them from here on belongs to the head.
+        """
+        return not self._written_by_head.isdisjoint(self._union(sources, state))
 
     def add(self, node: fx.Node, shares: Iterable[fx.Node], state: Iterable[str] = ()) -> None:
-        """A new value, which may be a view of others or of parameters and buffers."""
-        self._homes[node] = self._union(shares, state) or frozenset([node])
+        """Note a new value, which may be a view of the values in `shares`, or of parameters and buffers in `state`."""
+        self._bases[node] = self._union(shares, state) or frozenset([node])
 
     def write_constants(self, node: fx.Node, sources: Iterable[fx.Node]) -> None:
-        """An operation may overwrite values that do not depend on the image."""
+        """Note an operation that may overwrite the constants that it reads."""
         self._constant_writes.append((node, self._union(sources, ())))
 
     def read_constants(self, node: fx.Node, sources: Iterable[fx.Node], state: Iterable[str]) -> NotLocal | None:
-        """A streamed operation reads values that do not depend on the image. Returns why it cannot."""
-        homes = self._union(sources, state)
-        last = max((self._order[write] for write, target in self._constant_writes if target & homes), default=-1)
+        """Note a streamed operation that reads constants.
+
+        Returns why it cannot be streamed, if an earlier streamed operation needs another version of them.
+        """
+        bases = self._union(sources, state)
+        last = max((self._order[write] for write, target in self._constant_writes if target & bases), default=-1)
         for write, target in self._constant_writes:
             for read, wanted in self._constant_reads:
                 if self._order[read] < self._order[write] <= last and wanted & target:
@@ -62,22 +72,25 @@ class Aliasing:
                         f"needs {label(write)} done, which overwrites what {label(read)} reads before", _WAY_OUT
                     )
         self._barrier = max(self._barrier, last)
-        self._constant_reads.append((node, homes))
+        self._constant_reads.append((node, bases))
         return None
 
     def precedes_streaming(self, node: fx.Node) -> bool:
-        """Whether an operation on constants stands before one that must have overwritten its target for streaming."""
+        """Whether a constant must be computed before the streamed call, as a write that streaming needs follows it."""
         return self._order[node] <= self._barrier
 
     def overwrite(self, node: fx.Node, target: fx.Node) -> None:
-        """A streamed operation that overwrites a value: its result is what later readers see."""
-        self._homes[node] = self._homes[target]
+        """Note a streamed operation that overwrites `target`: later readers see its result."""
+        self._bases[node] = self._bases[target]
         for old in [target, *(old for old, new in self._latest.items() if new is target)]:
             self._latest[old] = node
 
-    def obstacle(self, node: fx.Node, target: fx.Node, in_head: Callable[[fx.Node], bool]) -> NotLocal | None:
-        """Why `node`, which overwrites `target`, cannot become an out-of-place operation; None if it can."""
-        if self._image in self._homes[target]:
+    def obstacle(self, node: fx.Node, target: fx.Node, ends: Callable[[fx.Node], bool]) -> NotLocal | None:
+        """Why `node`, which overwrites `target`, cannot become an out-of-place operation; None if it can.
+
+        `ends` says whether streaming ends at a node.
+        """
+        if self._image in self._bases[target]:
             return NotLocal("overwrites the image in place", _WAY_OUT)
         read = set(map(self.latest, node.all_input_nodes))
         for other in self._sharing(target):
@@ -87,40 +100,43 @@ class Aliasing:
                 return NotLocal(f"overwrites memory that {label(other)}, which is read later, may share", _WAY_OUT)
         for other in (target, *self._sharing(target)):
             for user in self._readers(other):
-                if self._order[user] < self._order[node] and in_head(user):
+                if self._order[user] < self._order[node] and ends(user):
                     return NotLocal(
                         f"overwrites a value that {label(user)}, which is not streamed, may share", _WAY_OUT
                     )
         return None
 
-    def spoil(self, node: fx.Node, sources: list[fx.Node], streamed: Callable[[fx.Node], bool]) -> fx.Node | None:
-        """The head's `node` may write into values. Returns a streamed value that the head would have to see change.
+    def write_in_head(
+        self, node: fx.Node, sources: list[fx.Node], streamed: Callable[[fx.Node], bool]
+    ) -> fx.Node | None:
+        """Note that `node`, an operation of the head, may write into what it reads.
 
-        That is so where several values that share memory in the plain model would each cross to the head, or where
-        the image shares it: the user would see that change.
+        Returns a streamed value that must move to the head, or None. It must if the write would be visible through
+        another value that shares its memory (or through the image), because values that cross to the head are copies.
         """
         for source in sources:
-            homes = self._union([source], ())
-            self._spoilt.update(homes)
+            bases = self._union([source], ())
+            self._written_by_head.update(bases)
             sharing = {source, *self._sharing(source)}
             members = {member for member in sharing if streamed(member)}
             several = len(members) > 1 and any(self._read_after(node, member) for member in sharing)
-            if members and (several or self._image in homes):
+            if members and (several or self._image in bases):
                 return max(members, key=self._order.__getitem__)
         return None
 
     def _sharing(self, node: fx.Node) -> set[fx.Node]:
-        """The other values, as they are now, that may share the memory of `node`."""
+        """The other values, in their latest version, that may share the memory of `node`."""
         mine = self._union([node], ())
-        return {self.latest(other) for other, homes in self._homes.items() if not mine.isdisjoint(homes)} - {node}
+        return {self.latest(other) for other, bases in self._bases.items() if not mine.isdisjoint(bases)} - {node}
 
-    def _union(self, values: Iterable[fx.Node], state: Iterable[str]) -> Homes:
-        return frozenset(state).union(*(self._homes[value] for value in values if value in self._homes))
+    def _union(self, values: Iterable[fx.Node], state: Iterable[str]) -> Bases:
+        return frozenset(state).union(*(self._bases[value] for value in values if value in self._bases))
 
     def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Whoever reads `node`, or a value of which it is the overwritten state."""
+        """The nodes that read `node`, or an earlier version of the value that it overwrote."""
         for value in (node, *(old for old, new in self._latest.items() if new is node)):
             yield from value.users
 
     def _read_after(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether `value` is read after `node` has run."""
         return any(self._order[user] > self._order[node] for user in self._readers(value))

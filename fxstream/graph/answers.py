@@ -19,9 +19,9 @@ from .nodes import label, leaves, operation, rule_of
 
 
 class Borrowed:
-    """A module some of whose attributes are replaced: tensors by aliases of them, a flag by a frozen one.
+    """A module with other values for some of its attributes, such as leaves that share its parameters' memory.
 
-    `attributes` are by their path in the module; submodules are borrowed with their part of them.
+    `attributes` are given by their path in the module. A submodule is borrowed, too, with its part of them.
     """
 
     def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
@@ -39,7 +39,7 @@ class Borrowed:
         return Borrowed(own, inner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module itself, with the tensors that stand in for its own."""
+        """Call the module itself with the tensors among the other attributes."""
         tensors = {path: value for path, value in self._attributes.items() if isinstance(value, torch.Tensor)}
         return torch.func.functional_call(self._module, tensors, args, kwargs)
 
@@ -80,7 +80,7 @@ def answer(
 
 
 def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any]) -> Answer:
-    """Arithmetic with sizes that were read off values; they are those of the whole values."""
+    """The answer for arithmetic with sizes that a model has read off values; they are those of the whole values."""
     known = (
         getattr(node.target, "__module__", None) in ("_operator", "builtins", "math") or node.target is torch._assert
     )
@@ -112,9 +112,10 @@ def locals_of(found: Answer) -> tuple[Local, ...]:
 
 
 def define(found: Answer, index: int) -> Any:
-    """The value of a node: for each operation in the answer a Value, numbered from `index`; for a fact what it says.
+    """The value of a node, from its rule's answer.
 
-    A total stands for itself: no streamed operation reads it.
+    A Local becomes a Value; several are numbered from `index`. A Fact becomes what it says. A Total stays itself, since
+    no streamed operation reads it.
     """
     if isinstance(found, Total):
         return found

@@ -1,4 +1,4 @@
-"""At conversion, the values that do not depend on the image."""
+"""The values that do not depend on the image, as far as they are known at conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..ops import Unknown
 
 
 class Constants:
-    """Those values, as far as they can be known without a call."""
+    """What rules are given at conversion for the nodes that do not depend on the image.
+
+    A value that is only known at a call is an `Unknown`.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]):
         self._modules = modules
@@ -24,9 +27,10 @@ class Constants:
         return self._known[node]
 
     def add(self, node: fx.Node) -> None:
+        """Note a node, computed on copies if everything that it reads is known."""
         self._known[node] = Unknown(node.name)
         if node.op == "placeholder":
-            # An optional argument is planned for as if it were not given; at a call, the rules see what is.
+            # At conversion an optional argument is taken not to be given. At a call the rules see what is given.
             self._known[node] = node.args[0] if node.args else self._known[node]
             return
         if any(isinstance(self._known[source], Unknown) for source in node.all_input_nodes):

@@ -32,16 +32,19 @@ class Finding:
     status: Status
     """image: the streamed input; constant: does not depend on it; size: depends on its size alone; local: streams;
     total: reduces whole axes, and is accumulated tile by tile; stop: depends on the image but is not local; head: comes
-    after one of these two."""
+    after a total or a stop."""
     operation: str
+    """The operation in the user's words, such as "BatchNorm2d" or "torch.relu"."""
     answer: Answer | None = None
+    """What the rule of the operation says, if the node is streamed."""
     problem: NotLocal | None = None
+    """Why nothing streams from here on, for a total or a stop."""
     reads: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
-    """Values that were overwritten in place before this node runs -> the results to read instead."""
+    """A value that was overwritten in place before this node runs -> the result that the node reads instead."""
     windows: Mapping[fx.Node, Mapping[str, Window]] = field(default_factory=dict)
-    """For a local node: what it reads of each value, per streamed axis."""
+    """For a local node: what it reads of each value, by streamed axis."""
     early: bool = False
-    """For a constant: it runs before the streamed call, since something in front of it overwrites what that reads."""
+    """True for a constant that must run before the streamed call, see `Aliasing.precedes_streaming`."""
 
     @property
     def label(self) -> str:
@@ -186,7 +189,7 @@ class _Walk:
             return Finding(node, "constant", name)
         reads = {old: new for old, new in zip(node.all_input_nodes, sources, strict=True) if old is not new}
         ended = node.op == "output" or any(map(self._ends, depending))
-        ended = ended or self.aliasing.spoilt(sources, self._state(node))
+        ended = ended or self.aliasing.written_by_head(sources, self._state(node))
         found = None if ended else self._ask(node, module)
         if found is not None and locals_of(found):
             constants = [source for source in sources if source not in depending]
@@ -198,7 +201,7 @@ class _Walk:
             status: Status = "local" if of_values else "size"
             return Finding(node, status, name, found, reads=reads, windows=self._windows(node, found))
         if node.op != "output" and overwrites(node, module):
-            self._spoil(node, sources)
+            self._write(node, sources)
         return Finding(node, "head" if found is None else "stop", name, problem=found, reads=reads)
 
     def _ends(self, node: fx.Node) -> bool:
@@ -241,9 +244,9 @@ class _Walk:
                     windows[source] = {axis: local.window(value, axis) for axis in self.axes}
         return windows
 
-    def _spoil(self, node: fx.Node, sources: list[fx.Node]) -> None:
+    def _write(self, node: fx.Node, sources: list[fx.Node]) -> None:
         """Note that a node of the head may overwrite what it reads."""
-        shared = self.aliasing.spoil(node, sources, lambda source: self.found[source].status == "local")
+        shared = self.aliasing.write_in_head(node, sources, lambda source: self.found[source].status == "local")
         if shared is not None and self.conflict is None:
             problem = NotLocal(f"shares memory that {label(node)}, which is not streamed, overwrites")
             self.conflict = (shared, problem)

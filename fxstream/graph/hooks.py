@@ -1,4 +1,4 @@
-"""Module hooks: which ones compute a weight, and can run outside the tile loop, and which ones are anybody's."""
+"""Module hooks: some compute a weight and can run outside the tile loop; the others may do anything."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def _all(module: nn.Module) -> Iterator[Any]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs when the module is called, apart from its own forward and what computes its weights."""
+    """Whether hooks run when the module is called, other than those that compute its weights."""
     return any(not isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)) for hook in _all(module))
 
 
 def computed_weights(module: nn.Module) -> set[str]:
-    """Attributes that hooks compute from parameters before each forward: pruned and normalised weights."""
+    """The names of attributes that hooks compute from parameters before each forward: pruned and normalised weights."""
     names = {hook.name for hook in _all(module) if isinstance(hook, (SpectralNorm, WeightNorm))}
     return names | {hook._tensor_name for hook in _all(module) if isinstance(hook, BasePruningMethod)}

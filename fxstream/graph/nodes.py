@@ -17,7 +17,7 @@ _ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator
 
 
 def label(node: fx.Node) -> str:
-    """How a node is named to the user: by the module's path in the model, else by the module that it is in."""
+    """How a node is named to the user: by the path of the module that it calls, or else of the module that it is in."""
     if node.op == "call_module":
         return str(node.target)
     path = next(reversed(modules_around(node)), "")
@@ -25,12 +25,12 @@ def label(node: fx.Node) -> str:
 
 
 def modules_around(node: fx.Node) -> list[str]:
-    """Paths of the modules in whose forward a node was traced, the innermost last."""
+    """The paths of the modules in whose forward a node was traced, the innermost last."""
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def operation(node: fx.Node, module: nn.Module | None) -> str:
-    """The operation of a node in the user's words: BatchNorm2d, torch.relu, .view()."""
+    """The operation of a node in the user's words: "BatchNorm2d", "torch.relu", ".view()"."""
     if module is not None:
         return type(module).__name__
     if node.op == "call_method":
@@ -40,18 +40,18 @@ def operation(node: fx.Node, module: nn.Module | None) -> str:
 
 
 def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
-    """The rule of a node's operation; `module` is the one that it calls."""
+    """The rule of a node's operation, if there is one; `module` is what the node calls, if it calls a module."""
     return rule_for(node.target) if module is None else rule_for_module(module)
 
 
 def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
-    """The number of spatial axes that a node's operation is made for, if it fixes one: it slides, pools or pads."""
+    """The number of spatial axes that a node's operation is made for; None if it takes any, as element-wise ones do."""
     rule = rule_of(node, module)
     return None if rule is None else rule.spatial
 
 
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation may write into its arguments: torch's names tell, of a user's own code nothing is known."""
+    """Whether an operation may write into its arguments: the names of torch's own tell, and a user's code always may."""
     if module is not None:
         own = rule_for_module(module) is None and not type(module).__module__.startswith("torch.nn.")
         return own or any(getattr(part, "inplace", False) for part in module.modules())
@@ -64,7 +64,7 @@ def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def leaves(nested: Any) -> list[Any]:
-    """What nested tuples, lists, dicts and slices hold."""
+    """What nested tuples, lists, dicts and slices hold, in order."""
     found: list[Any] = []
     fx.node.map_aggregate(nested, found.append)
     return found

@@ -30,7 +30,10 @@ def partition(prefix: Prefix, name: str) -> Partition:
     status = {finding.node: finding.status for finding in prefix.findings}
     sources = (source for node in prefix.nodes for source in node.all_input_nodes)
     entering = [source for source in dict.fromkeys(sources) if status[source] == "constant"]
-    return Partition(_outer(prefix, name, entering), _streamed(prefix, entering))
+    parts = Partition(_outer(prefix, name, entering), _streamed(prefix, entering))
+    for graph in parts:
+        graph.lint()  # finds a node that would read a value before it is there
+    return parts
 
 
 def _streamed(prefix: Prefix, entering: list[fx.Node]) -> fx.Graph:

@@ -1,4 +1,4 @@
-"""fx graphs as plain data, since `torch.fx.Graph` itself cannot be pickled."""
+"""fx graphs as plain data for pickle, since a `torch.fx.Graph` itself cannot be pickled."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .nodes import modules_around
 
 @dataclass(frozen=True)
 class _Reference:
-    """Another node of the graph, by its name. Not a tuple: fx would map over its parts."""
+    """Another node of the graph, by its name. This is no tuple, since fx would map over its parts."""
 
     name: str
 
 
 class _Function(NamedTuple):
-    """A function by module and name: some of torch's pickle only so."""
+    """A function by module and name, since some of torch's functions cannot be pickled themselves."""
 
     module: str
     name: str
@@ -32,7 +32,7 @@ def _refer(node: fx.Node) -> Any:
 
 
 def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The graph's nodes as picklable tuples. Of their metadata only the module path stays."""
+    """The graph's nodes as picklable tuples. The path of a node's module is the only metadata that is kept."""
     return [
         (
             node.op,
@@ -46,7 +46,7 @@ def dump_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def load_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
-    """The graph that `dump_graph` was given."""
+    """The graph that `dump_graph` was given, from what it returned."""
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
 

@@ -1,10 +1,12 @@
-"""Tracing: an fx graph that says as much as the model's forward does.
+"""Tracing: from a model to an fx graph that says all that the model's forward does.
 
-Three things differ from `torch.fx.symbolic_trace`. In-place operators (`x += y`) are recorded as such instead of
-as their out-of-place twins. A module's `training` flag is recorded as a `get_attr`, so that it is read at every
-call; where it decides the control flow, the decision is noted as a guard. A module stays one call if it is a streamable
-operation, has hooks, cannot be traced, or does what a graph does not record: assign attributes, or open a region of
-`torch.no_grad` or `torch.autocast`.
+Three things differ from `torch.fx.symbolic_trace`.
+
+- In-place operators (`x += y`) are recorded as such, instead of as their out-of-place twins.
+- A module's `training` flag is recorded as a `get_attr`, so that it is read at every call. Where the flag decides the
+  control flow, the decision becomes one of the graph's `Assumptions`.
+- A module stays one call if it is an operation with a rule, has hooks, cannot be traced, or does something that a graph
+  does not record: assign attributes, or open a region of `torch.no_grad` or `torch.autocast`.
 """
 
 from __future__ import annotations
@@ -56,9 +58,9 @@ class Trace:
     frozen: set[str]
     """Paths of batch norms of the user's own that were traced as if in eval mode."""
     opaque: dict[str, NotLocal]
-    """Path of a module that stays one call -> why it is not local."""
+    """Path of a module that stays one call, since it was not traced through -> why it is not local."""
     constants: dict[str, torch.Tensor]
-    """Name of a get_attr -> the tensor that forward made while it was traced."""
+    """Target of a get_attr -> the tensor that forward made while it was traced."""
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -66,7 +68,7 @@ class Trace:
         return dict(self.root.named_modules())
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls."""
+        """The module that a node calls; None for another kind of node."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
 
@@ -87,7 +89,7 @@ for _name in INPLACE_OPERATORS:
 
 
 _CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
-"""What torch's batch norms check their input by."""
+"""The methods by which torch's batch norms check their input."""
 
 
 class _Tracer(fx.Tracer):
@@ -162,7 +164,7 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _watched_functions(self) -> Iterator[None]:
-        """For the time of tracing, an autograd.Function refuses proxies: it may leave no trace in the graph."""
+        """While tracing, calling an autograd.Function with a proxy fails: the graph might not record the call."""
         apply = vars(torch.autograd.Function)["apply"]
 
         def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +180,7 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
-        """For the time of tracing, reading `module.training` gives a proxy in every module of the user's own."""
+        """While tracing, `module.training` gives a proxy, in every module that is traced through."""
         for path, module in root.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
@@ -221,7 +223,7 @@ _OF_MODULES = set(vars(nn.Module()))
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a graph holds a value as a constant without a trace of where it came from."""
+    """Whether fx records a value as a constant, without where it came from."""
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, float, complex, str, NoneType))
@@ -250,7 +252,7 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
         except Exception as error:
             if tracer.failed_in is None:
                 raise TraceError(_explain(model, error)) from error
-            # The model around it may be traceable: leave this module as one call.
+            # The model around it may be traceable, so leave this module as one call.
             why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
             opaque[tracer.failed_in] = NotLocal(why, "make it traceable")
             continue
@@ -269,13 +271,13 @@ class _UnrecordedError(Exception):
 
 
 def _region() -> tuple[Any, ...]:
-    """What `with` blocks change without leaving a trace in a graph."""
+    """The state that `with` blocks change, which a graph does not record."""
     autocast = ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
 def _random_state() -> dict[str, Any]:
-    """Of the generators that a forward may draw from, by the name of their module."""
+    """The states of the generators that a forward may draw from, by the name of their module."""
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if "numpy" in sys.modules:
         states["numpy"] = sys.modules["numpy"].random.get_state()
@@ -303,7 +305,7 @@ _CONTAINERS = (dict, list, set, deque)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes, its registries and other containers copied."""
+    """A module's attributes; registries and other containers are copied."""
     return {name: value.copy() if isinstance(value, _CONTAINERS) else value for name, value in vars(module).items()}
 
 
@@ -336,7 +338,7 @@ def _restore(module: nn.Module, state: dict[str, Any]) -> None:
             del vars(module)[name]
     for name, value in state.items():
         if isinstance(value, _CONTAINERS) and isinstance(vars(module).get(name), _CONTAINERS):
-            # The registry itself stays: others may hold it.
+            # The container itself stays, since others may hold it.
             registry: Any = vars(module)[name]
             if not _same(registry, value):
                 registry.clear()

@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Follows the storages that operations make while it is active, on whichever device, "meta" among them.
+    """Counts the bytes of the storages that operations make while it is active, on any device, including "meta".
 
-    What an operation needs inside, such as a workspace, is not seen. Hooks on what autograd saves would miss what is
-    kept elsewhere, as the inputs of torch.utils.checkpoint are.
+    It does not see what an operation allocates internally, such as a workspace. (Counting what autograd saves instead
+    would miss what is kept elsewhere, such as the inputs of torch.utils.checkpoint.)
 
     Attributes:
         now: bytes alive.
-        peak: bytes alive at most.
+        peak: the most bytes alive at any time.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ def check_image(image: Any, settings: Settings) -> None:
 
 def is_sharded(value: Any) -> bool:
     """Whether a value is a DTensor, of which this process may hold a part."""
-    # Whoever shards parameters has imported it, and nobody else should have to: that takes a second.
+    # Not imported here, which would take a second: whoever shards parameters has imported it already.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(value, distributed.DTensor)
 
@@ -51,7 +51,8 @@ def check_whole(called: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> N
 def check_hooks(called: Mapping[str, nn.Module], entered: Mapping[str, nn.Module]) -> None:
     """Raises HookError if a module has a hook that would not run as it should.
 
-    Those of a module that was `entered` would not run at all; but those of the root, under "", do.
+    The hooks of a module that is called would run once per tile. Those of a module that was `entered`, or traced
+    through, would not run at all, except for the root (under ""), whose hooks do run.
     """
     inside = ((path, part) for path, module in called.items() for part in module.modules())
     for path, module in chain(entered.items(), inside):

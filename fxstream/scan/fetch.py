@@ -8,20 +8,24 @@ from typing import Protocol
 import torch
 
 Region = tuple[tuple[int, int], ...]
-"""Per streamed axis the first row and one past the last."""
+"""Per streamed axis, the first row and one past the last."""
 Regions = Mapping[Region, torch.Tensor]
 
 
 def fetch(
-    cut: Callable[[Region], torch.Tensor], source: torch.device, target: torch.device, plan: Sequence[Sequence[Region]]
+    cut: Callable[[Region], torch.Tensor],
+    source: torch.device,
+    target: torch.device,
+    wanted: Sequence[Sequence[Region]],
 ) -> Iterator[Regions]:
-    """For each tile of `plan` its regions on `target`; the copies of the next tile have been started by then.
+    """Yields for every tile its regions on `target`. The copies for the next tile have been started by then.
 
-    `cut` gives a region as a view of the image, which is on `source`. Nothing is copied if that is the target.
+    `wanted` lists the regions of each tile. `cut` gives a region as a view of the image, which is on `source`. Nothing
+    is copied if that is the target.
     """
     move: _Move = _Beside(target) if source.type == "cpu" and target.type == "cuda" else _Plainly(target)
-    coming = {region: move.start(cut(region)) for region in plan[0]}
-    for following in (*plan[1:], ()):
+    coming = {region: move.start(cut(region)) for region in wanted[0]}
+    for following in (*wanted[1:], ()):
         here = coming
         move.finish(here)
         coming = {region: move.start(cut(region)) for region in following}
@@ -30,14 +34,14 @@ def fetch(
 
 class _Move(Protocol):
     def start(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the rows will be, once `finish` has been called."""
+        """Start a copy. The result holds the rows once `finish` has been called."""
 
     def finish(self, regions: Regions) -> None:
-        """Have whatever is computed from here on wait for these."""
+        """Make everything that is computed from here on wait for these copies."""
 
 
 class _Plainly:
-    """Copies that are done when they have been started, if one is needed at all."""
+    """Copies that are finished as soon as they have been started, if a copy is needed at all."""
 
     def __init__(self, target: torch.device):
         self.target = target
@@ -50,7 +54,7 @@ class _Plainly:
 
 
 class _Beside:
-    """Copies out of pinned memory, on a stream beside the one that computes."""
+    """Copies out of pinned memory, on another stream than the one that computes."""
 
     def __init__(self, target: torch.device):
         self.target = target
@@ -65,5 +69,5 @@ class _Beside:
         computing = torch.cuda.current_stream(self.target)
         computing.wait_stream(self.stream)
         for rows in regions.values():
-            # Its memory belongs to the other stream: not to be used anew before this one is done with it.
+            # The memory belongs to the other stream, which must not reuse it before this one is done with it.
             rows.record_stream(computing)

@@ -1,4 +1,4 @@
-"""Shallow copies of module trees: modules of their own, with the same Parameters and buffer tensors, or with none."""
+"""Shallow copies of module trees: new modules with the same Parameters and buffers, or with tensors without memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Module = TypeVar("Module", bound=nn.Module)
 _OWN = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """The registries that torch.nn.Module gives every module: parameters, buffers, submodules, hooks."""
 _BOUND = ("_compiled_call_impl",)
-"""Attributes that belong to one module alone: what `module.compile()` has made of it."""
+"""Attributes that a copy must not have: what `module.compile()` has made of the module."""
 
 
 def mirror(module: Module, memo: dict[int, nn.Module]) -> Module:
-    """A shallow copy of a module tree. A module that stands in several places stays one module."""
+    """A shallow copy of a module tree. A module that stands in several places of the tree stays one module."""
     if id(module) not in memo:
         twin = memo[id(module)] = object.__new__(type(module))
         vars(twin).update({name: value for name, value in vars(module).items() if name not in _BOUND})
@@ -40,7 +40,7 @@ def on_meta(module: Module) -> Module:
 
 
 def tensor_on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """The same without memory, as a leaf."""
+    """A leaf of the same shape, dtype and strides without memory; a Parameter for a Parameter."""
     twin = torch.empty_like(tensor, device="meta", requires_grad=False)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(twin, tensor.requires_grad)
@@ -48,7 +48,7 @@ def tensor_on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def mirror_registries(twin: nn.Module, module: nn.Module, memo: dict[int, nn.Module]) -> None:
-    """Give `twin` registries of its own, with what those of `module` hold and mirrored submodules."""
+    """Give `twin` registries of its own: those of `module`, with its submodules mirrored."""
     for name in _OWN:
         if name in vars(module):  # a module pickled by an older torch may lack some
             vars(twin)[name] = copy.copy(vars(module)[name])

@@ -1,8 +1,9 @@
-"""Random numbers of a streamed call, the same ones wherever they are asked for again.
+"""Random numbers of a streamed call: asked for again, they are the same.
 
-The global generator gives one seed a call. Everything that is drawn has a generator of its own, seeded by that and by
-what it is for. So a tile that is computed again sees the numbers that it saw before, whoever else draws meanwhile, in
-whichever thread, and the global stream of numbers goes on as if nothing had been computed twice.
+Every call draws one seed from the global generator. Each draw of the call then has a generator of its own, seeded by
+that seed and by the number of the value and tile it is for. A tile that is computed again therefore sees the numbers
+that it saw before, even if other threads draw in between, and computing it again draws nothing from the global
+generator.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 _SEEDS = 2**63
-_SPREAD = 0x9E3779B97F4A7C15  # odd, so that different numbers have different seeds
+_SPREAD = 0x9E3779B97F4A7C15  # odd, so that different numbers give different seeds
 
 
 def new_seed() -> int:
@@ -23,7 +24,7 @@ def new_seed() -> int:
 
 @contextmanager
 def restored_on_failure() -> Iterator[None]:
-    """After an exception, the global generator goes on as if nothing had been drawn."""
+    """After an exception, restore the global generator, as if nothing had been drawn."""
     state = torch.get_rng_state()
     try:
         yield
@@ -35,12 +36,12 @@ def restored_on_failure() -> Iterator[None]:
 def draw(
     seed: int, number: int, function: Callable[..., torch.Tensor], sizes: Sequence[int], like: torch.Tensor
 ) -> torch.Tensor:
-    """Random numbers on the device of `like`: float64 where that is, float32 elsewhere.
+    """Random numbers on the device of `like`, in float64 if `like` is, otherwise in float32.
 
-    `function` is torch.rand or torch.randn; `number` is that of what they are for.
+    `function` is torch.rand or torch.randn. `number` tells the draws of a call apart.
     """
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    if like.is_meta:  # where numbers have no values
+    if like.is_meta:  # meta tensors have no values, and there is no generator for them
         return function(sizes, device=like.device, dtype=dtype)
     generator = torch.Generator(like.device).manual_seed((seed + number * _SPREAD) % _SEEDS)
     return function(sizes, generator=generator, device=like.device, dtype=dtype)

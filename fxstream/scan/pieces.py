@@ -22,7 +22,7 @@ class Pieces:
     """
 
     def __init__(self, device: torch.device, home: torch.device, keep: bool):
-        """`home`: where the image is; `keep`: whether there will be a backward pass."""
+        """`device` computes, `home` holds the image; `keep` says whether there will be a backward pass."""
         self.held: dict[Key, torch.Tensor] = {}
         self._device, self._home, self._keep = device, home, keep
         self._expiring: dict[Tile, list[Key]] = {}
@@ -33,20 +33,20 @@ class Pieces:
         self._expiring.setdefault(expiry, []).append(key)
 
     def expire(self, tile: Tile) -> None:
-        """Let go of the pieces that `tile`, which is done, was the last to read."""
+        """Release the pieces that `tile`, which is done, was the last to read, or move them to the image's device."""
         for key in self._expiring.pop(tile, ()):
             rows = self.held.pop(key)
             if self._keep:
                 self.held[key] = store(rows, self._home)
 
     def settle(self) -> None:
-        """After the last tile."""
+        """Wait for the copies; called after the last tile."""
         if self._keep and _leaves_gpu(self._device, self._home):
             torch.cuda.current_stream(self._device).synchronize()
 
 
 def store(rows: torch.Tensor, home: torch.device) -> torch.Tensor:
-    """`rows` at `home`; out of a GPU, in pinned memory, which will hold them when the GPU has come to that."""
+    """`rows` on the device `home`; out of a GPU, in pinned memory, which holds them once the GPU has got that far."""
     if _leaves_gpu(rows.device, home):
         return torch.empty_like(rows, device=home, pin_memory=True).copy_(rows, non_blocking=True)
     return rows.to(home)
