@@ -58,7 +58,7 @@ class Window(ABC):
 
     @abstractmethod
     def whole(self, length: int) -> Span:
-        """The span of all output rows, for an operation that gets all `length` input rows, even those it does not read."""
+        """The span of all output rows, for an operation that gets all `length` input rows, needed or not."""
 
     def ready(self, available: int, length: int) -> int:
         """How many output rows can be computed from the first `available` of `length` input rows."""

@@ -51,7 +51,7 @@ def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
 
 
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation may write into its arguments: the names of torch's own tell, and a user's code always may."""
+    """Whether an operation may write into its arguments: torch's names tell, and a user's code always may."""
     if module is not None:
         own = rule_for_module(module) is None and not type(module).__module__.startswith("torch.nn.")
         return own or any(getattr(part, "inplace", False) for part in module.modules())
