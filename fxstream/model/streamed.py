@@ -1,7 +1,18 @@
 """The streamed submodule, and the autograd contract around its two scans.
 
-The contract is that of `torch.utils.checkpoint`: the streamed call is one differentiable operation. Its inputs are the
-image and every tensor that it uses, and it computes its activations again in the backward pass.
+The contract is that of `torch.utils.checkpoint`. Its rules:
+
+1. The streamed call is one differentiable operation. Its inputs are the image and every tensor that it uses, and it
+   returns gradients for all of them. Optimizers, gradient accumulation, DDP and hooks on parameters see nothing else.
+2. Parameters and buffers are read from their modules at every call, never kept from the conversion or an earlier call.
+3. Whether there will be a backward pass is decided before `Function.apply`: inside it, grad mode is always off.
+4. What the backward pass needs is saved by `save_for_backward`, so that autograd releases it, and raises its own errors
+   for a tensor that was changed in place meanwhile, or for a second backward pass.
+5. The tiles are computed with detached leaves that share the parameters' memory. With the Parameters themselves, their
+   hooks would fire once per tile.
+6. Computing a tile again finds the random numbers, the autocast regions and the modes of the forward pass.
+7. Gradients that this backward pass does not ask for are not computed.
+8. A second derivative is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import DoubleBackwardError
+from ..errors import DoubleBackwardError, StreamingError
 from ..graph.serialize import dump_graph, load_graph
 from ..graph.trace import Assumptions
 from ..memory.fit import Fit, fitted
@@ -41,10 +52,12 @@ class Streamed(nn.Module):
         self.settings = settings
         self.assumptions = assumptions
         self._owner: tuple[nn.Module, ...] = ()
+        """The converted model, in a tuple, since nn.Module would register it as a submodule. Empty in a copy of this
+        module alone."""
         self._fits: dict[str, Fit] = {}
 
     def bind(self, owner: nn.Module) -> None:
-        """Use the modules of `owner`. It is kept in a tuple, since nn.Module would register it as a submodule."""
+        """Use the modules of `owner`, the converted model."""
         self._owner = (owner,)
 
     # As torch.compiler.disable, which would import torch._dynamo at once.
@@ -63,6 +76,11 @@ class Streamed(nn.Module):
 
     def checked_call(self, image: torch.Tensor, *inputs: Any) -> tuple[Call, list[torch.Tensor]]:
         """The call that `forward` makes, and its tensors. Raises what `forward` raises before it computes."""
+        if not self._owner:
+            raise StreamingError(
+                "the streamed part does not work without its model, whose modules it uses. "
+                "Way out: copy or pickle the converted model as a whole"
+            )
         (owner,) = self._owner
         assumed = self.assumptions
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")

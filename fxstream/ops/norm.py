@@ -36,17 +36,20 @@ def batch_norm(
         return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 
     def run(block: torch.Tensor) -> torch.Tensor:
-        return _strided_alike(F.batch_norm(block, mean, var, weight, bias, False, 0.0, eps))
+        # torch takes these to be contiguous in the backward pass of a block that is channels_last or a single position.
+        own = [None if tensor is None else tensor.contiguous() for tensor in (mean, var, weight, bias)]
+        return _strided_alike(F.batch_norm(block, own[0], own[1], own[2], own[3], False, 0.0, eps))
 
     return Local((x,), x.dims, run)
 
 
 def _strided_alike(result: torch.Tensor) -> torch.Tensor:
-    """Have the gradient of a batch norm laid out in memory as its result is.
+    """Have the gradient of a batch or instance norm laid out in memory as its result is.
 
-    torch (2.6 to 2.15, on the CPU) computes a wrong gradient of the input if that of the output is channels_last and
-    the output is not, where this is ambiguous: of a single image, or a single row, which blocks are more often than
-    whole images.
+    Otherwise torch's `native_batch_norm_backward` can be wrong on the CPU. Of the input and the gradient of the output,
+    it takes one that is channels_last to be contiguous, if it has a dimension of size 1 with an unusual stride, and
+    reads it in the layout of the other. An instance norm of one image always makes such a stride; a batch norm meets
+    one with a single image or a single row, which blocks are more often than whole images.
     """
 
     strides = result.stride()
