@@ -1,4 +1,4 @@
-"""What is measured: networks, and cases of them."""
+"""The networks that `compare.py` measures, and what a case of a measurement is. It is imported, not run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODES = ("training", "inference")
 
 @dataclass(frozen=True)
 class Case:
-    """A step of a network on one square image, run in one way."""
+    """One step of a network on one square image, run in one way."""
 
     model: str
     size: int
@@ -27,7 +27,7 @@ class Case:
 
 
 class Network(nn.Module):
-    """A convolutional trunk, which is what can be streamed, and a head."""
+    """A convolutional trunk, which can be streamed, followed by a head."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module):
         super().__init__()
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 
 class UNet(nn.Module):
-    """Four levels, each of two convolutions, down and up again; padded, so that its map is as large as the image."""
+    """A U-Net of four levels with two padded convolutions each, down and up. Its output is as large as the image."""
 
     def __init__(self, width: int = 16, levels: int = 4):
         super().__init__()
@@ -64,7 +64,7 @@ def _double(channels: int, width: int) -> nn.Sequential:
 
 
 def _notebook() -> Network:
-    """The network of the notebook that StreamingCNN was published with: no padding."""
+    """The network of the notebook that was published with StreamingCNN. It has no padding."""
     layers: list[nn.Module] = []
     for channels in (3, 16, 16):
         layers += [nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.MaxPool2d(2)]
@@ -72,7 +72,7 @@ def _notebook() -> Network:
 
 
 def _resnet(name: str) -> Network:
-    import torchvision  # takes seconds, and not every network needs it
+    import torchvision  # imported here, since that takes seconds and not every network needs it
 
     model = torchvision.models.get_model(name)
     layers = (model.layer1, model.layer2, model.layer3, model.layer4)
@@ -97,7 +97,7 @@ def _classifier(trunk: nn.Module, channels: int) -> Network:
 
 
 def _flat(*modules: nn.Module) -> nn.Sequential:
-    """One sequence instead of nested ones: checkpoint_sequential then has blocks to cut at."""
+    """One sequence instead of nested ones, so that checkpoint_sequential can cut it between blocks."""
     found: list[nn.Module] = []
     for module in modules:
         found += _flat(*module) if isinstance(module, nn.Sequential) else [module]

@@ -1,22 +1,24 @@
-"""Conventional PyTorch, checkpointing, lightstream, and fxstream without and with a memory budget, side by side: time,
-memory, and what can be counted.
+"""Compare conventional PyTorch, checkpointing, lightstream, and fxstream without and with a memory budget.
 
     python benchmarks/compare.py --models resnet18 --sizes 1024 2048 --tiles 256 512 --repeats 3
 
-A step is: forward of the network, loss, backward; or the forward alone. float32, one image, no gradient for it, all
-normalisation with running statistics. Everything runs in processes of its own, one after the other: the ways take
-turns, and medians are reported. First, in float64 and on a small image, each way's gradients are compared with the
-conventional ones; where they are wrong the case is not comparable, and not timed.
+The program prints a table of times, memory and counts for every network, size and mode. After each table, it writes
+bench.json, and bench.png with time and memory against size, to the output folder.
 
-- seconds: of one step; by CUDA events if there is a GPU.
-- peak: the peak of resident memory (on a GPU: allocated memory) over the loaded model, the image included.
-- FLOPs: by torch.utils.flop_counter, without what is element-wise.
+A training step is the forward pass of the network, a loss, and the backward pass; an inference step is the forward pass
+alone. A step runs in float32 on one image, which gets no gradient, and all normalisation uses running statistics. Each
+measurement runs in a process of its own, one after the other. The ways take turns, and medians are reported. Before
+that, the gradients of each way (in inference: its outputs) are compared with the conventional ones, in float64 and on a
+small image. If they are wrong, the case is not comparable and is not timed.
+
+- seconds: the time of one step, measured by CUDA events if there is a GPU.
+- peak: the peak of resident memory (on a GPU: of allocated memory) beyond the loaded model, the image included.
+- TFLOP: floating-point operations as torch.utils.flop_counter counts them, without element-wise operations.
 - live: the peak of the bytes of all tensors that the step makes, the image included.
-- held: those of them that are alive between forward and backward, the image aside.
+- held: the bytes of those tensors that are alive between forward and backward, without the image.
+- error: the largest relative error found by the comparison.
 
-The last three are counted in another process, since counting disturbs time and memory.
-
-Written to the output folder after every group of cases: bench.json, and bench.png with time and memory against size.
+The FLOPs, live and held bytes are counted in another process, since counting disturbs time and memory.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ from ways import SAME_INFERENCE, TILED, WAYS
 MEASURED = ("seconds", "peak_bytes")
 COUNTED = ("flops", "live_bytes", "held_bytes")
 TOLERANCE = 1e-6
-"""Of gradients in float64, where rounding has given 1e-14."""
+"""The largest accepted relative error of gradients in float64. Rounding alone has given 1e-14."""
 
 
 @dataclass
 class Row:
-    """What has been found out about a case."""
+    """The measurements of one case."""
 
     case: Case
     status: str = "ok"
@@ -64,7 +66,7 @@ class Row:
         return {**found, **{key: self.counted.get(key) for key in COUNTED}}
 
     def record(self, plain: dict[str, float | None]) -> dict[str, Any]:
-        """As it is written; `plain`: the figures of the conventional case."""
+        """What bench.json says of the case; `plain` are the figures of the conventional case."""
         figures = self.figures() if self.status == "ok" else dict.fromkeys(MEASURED + COUNTED)
         ratios = {key: value / plain[key] if value and plain[key] else None for key, value in figures.items()}
         found = {"status": self.status, "note": self.note, **figures, "ratios": ratios}
@@ -72,7 +74,7 @@ class Row:
 
 
 class ProcessError(Exception):
-    """A process has failed, and why."""
+    """A measuring process has failed; the message says why."""
 
 
 class Bench:
@@ -84,7 +86,7 @@ class Bench:
         self.comparisons: dict[Case, dict[str, Any] | ProcessError] = {}
 
     def group(self, cases: list[Case]) -> list[dict[str, Any]]:
-        """Cases that differ in their way alone, which take turns."""
+        """Measure cases that differ only in their way, in turns; returns their records."""
         rows = [Row(case) for case in cases]
         for row in rows:
             self.prepare(row)
@@ -95,7 +97,7 @@ class Bench:
         return [row.record({**dict.fromkeys(MEASURED + COUNTED), **plain}) for row in rows]
 
     def prepare(self, row: Row) -> None:
-        """Compare, and count."""
+        """Compare the results of a case with the conventional ones, and count what it does."""
         try:
             if row.case.way != "conventional":
                 row.compared = self.compare(row.case)
@@ -110,7 +112,7 @@ class Bench:
             row.fail(str(error))
 
     def compare(self, case: Case) -> dict[str, Any]:
-        """Once for all sizes."""
+        """The comparison of a case with the conventional one, made once for all sizes."""
         key = replace(case, size=0)
         if key not in self.comparisons:
             try:
@@ -163,12 +165,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["training"], metavar="MODE", help=f"{[*MODES]}")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help=f"{[*WAYS]}")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096], help="height and width in pixels")
-    parser.add_argument("--large", action="store_true", help="8192, too")
-    parser.add_argument("--tiles", nargs="+", type=int, default=[256, 512, 1024], help="in pixels")
+    parser.add_argument("--large", action="store_true", help="measure 8192, too")
+    parser.add_argument("--tiles", nargs="+", type=int, default=[256, 512, 1024], help="tile sizes in pixels")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--count-up-to", type=int, default=2048, metavar="SIZE", help="count at sizes up to this")
-    parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="for one process")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder")
+    parser.add_argument("--count-up-to", type=int, default=2048, metavar="SIZE", help="count only up to this size")
+    parser.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="time limit for one process")
+    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder for bench.json and bench.png")
     options = parser.parse_args()
     options.sizes += [8192] if options.large and 8192 not in options.sizes else []
     return options

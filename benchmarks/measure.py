@@ -1,4 +1,9 @@
-"""Measure one case in this process: `compare.py` starts it afresh for each."""
+"""Measure one case and print what was found as JSON. `compare.py` starts this program in a fresh process each time.
+
+    python benchmarks/measure.py TASK CASE
+
+TASK is timed, counted or compared. CASE is a `cases.Case` as JSON.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +47,10 @@ def run(way: Conventional, image: torch.Tensor, mode: str) -> torch.Tensor | Non
 
 
 def timed(case: Case) -> dict[str, float]:
-    """Seconds of a step, and peak bytes over the loaded model."""
+    """The seconds of a step, and its peak bytes beyond the loaded model."""
     way = build(case)
     meter = Cuda() if DEVICE.type == "cuda" else Host()
-    # Lazy initialisation is nobody's memory; on CUDA, the kernels for this very size are part of it.
+    # A first run takes care of lazy initialisation, which on CUDA includes the kernels for this very size.
     run(way, image_of(case.size if DEVICE.type == "cuda" else way.warm_up), case.mode)
     _release(way)
     meter.loaded()
@@ -58,12 +63,12 @@ def timed(case: Case) -> dict[str, float]:
 
 
 class Host:
-    """The clock, and resident memory."""
+    """Measures time by the clock, and resident memory."""
 
     def loaded(self) -> None:
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what building the model has freed is not the model's
-        Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak of what follows
+            libc.malloc_trim(0)  # memory that was freed while the model was built does not belong to it
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of resident memory
         self.before = _status("VmRSS")
 
     def start(self) -> None:
@@ -75,7 +80,7 @@ class Host:
 
 
 class Cuda:
-    """CUDA events, and allocated device memory."""
+    """Measures time by CUDA events, and allocated device memory."""
 
     def __init__(self) -> None:
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -107,8 +112,8 @@ def _status(key: str) -> int:
 
 
 def counted(case: Case) -> dict[str, int | None]:
-    """FLOPs of a step; bytes of live tensors: at most, and between forward and backward, the image aside."""
-    from fxstream.memory.live import LiveBytes  # not where time and memory are measured
+    """FLOPs of a step; bytes of live tensors at their peak, and between forward and backward without the image."""
+    from fxstream.memory.live import LiveBytes  # so that `timed` runs without it
 
     way = build(case)
     held = None
@@ -129,9 +134,9 @@ def counted(case: Case) -> dict[str, int | None]:
 
 
 def compared(case: Case) -> dict[str, Any]:
-    """The largest relative error (L2) of a parameter's gradient, or of the output, against conventional, in float64.
+    """The largest relative L2 error of a parameter's gradient (in inference: of the output) in float64.
 
-    On a small image, whatever the size of the case.
+    The reference is the conventional way. The image is small, whatever the size of the case.
     """
     plain = build(replace(case, way="conventional", tile=None), torch.float64)
     way = build(case, torch.float64)
@@ -150,7 +155,7 @@ def _results(way: Conventional, size: int, mode: str) -> dict[str, torch.Tensor]
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The versions, the hardware and the settings on which the figures depend."""
     cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     prefixes = ("OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD", "PYTORCH_", "GLIBC_TUNABLES", "DNNL_", "ONEDNN_")
     return {
@@ -175,7 +180,7 @@ def _version(name: str) -> str | None:
 
 
 def _limit_memory() -> None:
-    """Fail with an error, instead of having the kernel choose a process to kill."""
+    """Make allocations beyond the available memory fail, before the kernel chooses a process to kill."""
     if DEVICE.type == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

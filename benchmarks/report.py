@@ -1,4 +1,4 @@
-"""Tables and plots of what `compare.py` has found."""
+"""Tables and plots of the records of `compare.py`. It is imported, not run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ COLUMNS = {
     "live_bytes": ("live MiB", 2**20),
     "held_bytes": ("held MiB", 2**20),
 }
-"""Heading and unit."""
+"""Figure of a record -> its heading and its unit."""
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """Cases that differ in their way alone; each figure with its ratio to the conventional one."""
+    """A table of cases that differ only in their way; each figure is followed by its ratio to the conventional one."""
     found = Table(title="{model}, {size} x {size}, {mode}".format(**records[0]), title_justify="left")
     found.add_column("", no_wrap=True)
     for heading, _ in COLUMNS.values():
@@ -36,7 +36,7 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 
 def notes(records: list[dict[str, Any]]) -> Iterator[str]:
-    """What a table has no room for."""
+    """Remarks on the cases for which the table has no room."""
     for record in records:
         if record["note"]:
             status = "" if record["status"] == "ok" else f"{record['status']}: "
@@ -51,7 +51,7 @@ def _figure(record: dict[str, Any], key: str) -> str:
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against the image's size: a row for each model and mode."""
+    """Draw time and memory against the size of the image, in one row for each model and mode."""
     groups = list(dict.fromkeys((record["model"], record["mode"]) for record in records))
     figure = Figure(figsize=(11, 3.6 * len(groups)), layout="constrained")
     rows = figure.subplots(len(groups), 2, squeeze=False)

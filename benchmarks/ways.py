@@ -1,4 +1,4 @@
-"""The ways to run a step: each gives the same loss and the same gradients, or ought to."""
+"""The ways to run a step, which should all give the same loss and gradients. It is imported, not run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 
 class Conventional:
-    """PyTorch as it is; the others differ in what they override."""
+    """Ordinary PyTorch. The other ways override what they do differently."""
 
     warm_up = 64
-    """The size of an image that is large enough to be run."""
+    """The size of an image that is large enough for a warm-up run."""
     small = 128
-    """The size of an image that is large enough to compare gradients on."""
+    """The size of an image that is large enough for a comparison of gradients."""
 
     def __init__(self, network: Network, tile: int | None):
         self.network: nn.Module = network
@@ -34,12 +34,16 @@ class Conventional:
         loss.backward()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained, by their names in the network."""
+        """The parameters that are trained, by their names in the network."""
         return {name: parameter for name, parameter in self.network.named_parameters() if parameter.requires_grad}
 
 
 class Checkpoint(Conventional):
-    """The square root of the blocks' number of segments; a U-Net, which is no sequence, block by block."""
+    """Activation checkpointing with torch.utils.checkpoint.
+
+    A sequence is cut into as many segments as the square root of the number of its blocks. A U-Net, which is not a
+    sequence, is checkpointed block by block.
+    """
 
     def __init__(self, network: Network, tile: int | None):
         super().__init__(network, tile)
@@ -62,24 +66,26 @@ def _checkpointed(block: nn.Sequential):
 
 
 class Fxstream(Conventional):
+    """fxstream, which computes every tile again in the backward pass."""
+
     memory_budget: str | None = None
 
     def __init__(self, network: Network, tile: int | None):
-        import fxstream  # as a user of another way has not
+        import fxstream  # imported here, so that the other ways are measured without it
 
         super().__init__(network, tile)
         self.network = fxstream.convert(network, tile, memory_budget=self.memory_budget)
-        self.small = math.ceil(1.25 * tile / 32) * 32  # what a U-Net, too, can halve and double again
+        self.small = math.ceil(1.25 * tile / 32) * 32  # a multiple of 32, which a U-Net can halve and double again
 
 
 class Budgeted(Fxstream):
-    """With a memory budget that the graphs of all tiles fit in: nothing is computed twice."""
+    """fxstream with a memory budget into which the graphs of all tiles fit, so that nothing is computed twice."""
 
     memory_budget = "1TiB"
 
 
 class Lightstream(Conventional):
-    """lightstream's StreamingCNN runs the trunk; as its documentation asks, normalisation is not trained."""
+    """lightstream, whose StreamingCNN runs the trunk. As its documentation asks, normalisation is not trained."""
 
     def __init__(self, network: Network, tile: int | None):
         if any(isinstance(module, nn.ConvTranspose2d) for module in network.trunk.modules()):
@@ -94,7 +100,7 @@ class Lightstream(Conventional):
         steps = (tile - lost) // stride
         if steps < 1:
             raise ValueError(f"tile {tile} leaves no valid gradient: {lost} positions are lost at its edges")
-        # Three tiles an axis, one of them inside; a multiple of the stride, as lightstream needs it.
+        # Three tiles per axis, so that one touches no border. lightstream needs a multiple of the stride.
         self.small = (math.ceil(lost / stride) + 3 * steps) * stride
 
     def output(self, image: torch.Tensor) -> torch.Tensor:
@@ -123,7 +129,7 @@ def _receptive_field(trunk: nn.Module) -> int:
 
 
 def _streaming(trunk: nn.Module, tile: int) -> nn.Module:
-    # Without a GPU, some versions of torch raise where lightstream asks this when it is imported.
+    # Importing lightstream asks this, and some versions of torch raise an error if there is no GPU.
     queries = [] if torch.cuda.is_available() else [mock.patch("torch.cuda.is_bf16_supported", return_value=False)]
     with contextlib.ExitStack() as stack:
         for query in queries:
@@ -139,7 +145,7 @@ def _streaming(trunk: nn.Module, tile: int) -> nn.Module:
             add_keep_modules=[nn.BatchNorm2d],
             before_streaming_init_callbacks=[_fill_layer_scale],
         )
-        # Only now: the constructor moves the model to CUDA for False, StreamingCNN for True.
+        # Not earlier: if this is False, the constructor moves the model to CUDA; if it is True, StreamingCNN does.
         constructor.statistics_on_cpu = False
         streaming = constructor.prepare_streaming_model()
     freeze_normalization_layers(streaming)
@@ -148,7 +154,7 @@ def _streaming(trunk: nn.Module, tile: int) -> nn.Module:
 
 
 def _fill_layer_scale(model: nn.Module) -> None:
-    """ConvNeXt's 1e-6 would hide what its blocks lose at the edges of a tile."""
+    """Set ConvNeXt's layer scales to 1, since 1e-6 would hide errors that its blocks make at the edges of tiles."""
     for module in model.modules():
         if isinstance(scale := getattr(module, "layer_scale", None), nn.Parameter):
             scale.data.fill_(1)
@@ -167,4 +173,4 @@ WAYS: dict[str, type[Conventional]] = {
 }
 TILED = ("lightstream", "fxstream", "budgeted")
 SAME_INFERENCE = ("checkpoint", "budgeted")
-"""Ways that differ from another one in training alone."""
+"""Ways that are the same as another way in inference."""

@@ -1,10 +1,11 @@
-"""What of every torchvision model streams: writes docs/torchvision.md.
+"""Write docs/torchvision.md, which lists how much of every torchvision model streams.
 
     python benchmarks/zoo.py
 
-Models are built without weights on the meta device (nothing is downloaded and nothing computed), in eval mode. The
-shares are those of the FLOPs of one forward, counted by torch.utils.flop_counter, that the streamed part does: streamed
-along all spatial axes, to which everything else in the table refers, and streamed along the batch alone.
+Models are built without weights, in eval mode, and on the meta device, so that nothing is downloaded or computed. A
+share is the part of the FLOPs of one forward pass that the streamed part takes, as torch.utils.flop_counter counts
+them. It is given for streaming along all spatial axes, to which everything else in the table refers, too, and for
+streaming along the batch alone.
 """
 
 from __future__ import annotations
@@ -59,12 +60,12 @@ def build(name: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return builder(weights=None, **options).eval()
-    except NotImplementedError:  # it computes something while it is built
+    except NotImplementedError:  # building this model computes something, which the meta device cannot do
         return builder(weights=None, **options).eval().to("meta")
 
 
 def streamed_share(model: nn.Module, tile_shape: Any, image: torch.Tensor) -> str:
-    """The part of a forward's FLOPs that the submodule `streamed` does."""
+    """The share of the FLOPs of a forward pass that the submodule `streamed` takes, in percent."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fxstream.StreamingWarning)
@@ -84,7 +85,7 @@ def row(name: str, kind: str) -> list[str]:
         analysis = fxstream.analyze(model)
     except fxstream.TraceError as error:
         return [name, "no", "nothing", "0%", "", "", " ".join(str(error).split()), "0%"]
-    # A size has none, and what is reduced to a total is seen by one position of it.
+    # A size has no receptive field, nor has a reduction over the image. For these, the field of an operand is shown.
     seen = [one for node in reversed(analysis.outputs) for one in (node, *node.all_input_nodes)]
     fields = map(analysis.receptive_field, seen)
     field = next(filter(None, fields), {})
@@ -104,7 +105,7 @@ def row(name: str, kind: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "docs" / "torchvision.md")
-    parser.add_argument("--only", nargs="*", help="some models only, printed and not written")
+    parser.add_argument("--only", nargs="*", help="print these models only, and write nothing")
     options = parser.parse_args()
     text = "# What of torchvision's models streams\n\nWritten by `python benchmarks/zoo.py`, "
     text += f"with torchvision {torchvision.__version__}. Sizes in pixels.\n"

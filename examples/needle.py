@@ -1,12 +1,16 @@
-"""Why train at full resolution: a label that hangs on crosses of 3 x 3 pixels in images of 2048 x 2048.
+"""Train a small network at full resolution and on downsampled images, where only full resolution shows the label.
 
     python examples/needle.py
 
-An image is a blend of photographs of brick, grass and gravel that scikit-image ships, with eight small crosses at
-random places: upright ones (+) for label 0, diagonal ones (x) for label 1. Both have the same pixel values, and these
-sum to zero, so that neither brightness nor a histogram gives the label away. One small network is trained on the full
-images, streamed, and on the same images downsampled 4 and 8 times, then with four times as many of them. Each way of
-training runs in a process of its own, from the same seed. The learning curves are drawn to out/needle.png.
+The program prints a table with the validation AUC, time and peak memory of each way of training, and draws the learning
+curves to out/needle.png.
+
+An image of 2048 x 2048 pixels is a blend of photographs of brick, grass and gravel that scikit-image ships, with eight
+crosses of 3 x 3 pixels at random places: upright crosses (+) for label 0, diagonal ones (x) for label 1. Both kinds
+have the same pixel values, which sum to zero, so neither the brightness nor the histogram of an image reveals its
+label. The same network is trained on the full images, streamed, and on images downsampled by 4 and by 8, for four times
+as many steps. One conventional step on a full image is measured for comparison. Each way of training runs in a process
+of its own, from the same seed.
 """
 
 from __future__ import annotations
@@ -40,14 +44,14 @@ CROSSES = [
     np.array([[1, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=np.float32),
 ]
 MARKS = 8
-CELL = 16  # pixels; no two marks share a cell of this size, so none overlap
+CELL = 16  # pixels; no two crosses share a cell of this size, so crosses do not overlap
 BATCH = 2
 CHECKS = 8
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train: on images downsampled by `factor`, for `patience` times the steps."""
+    """A way to train: on images downsampled by `factor`, for `patience` times the steps; for one step if it is 0."""
 
     name: str
     factor: int
@@ -67,17 +71,17 @@ WAYS = {
 
 
 def downsample(pixels: torch.Tensor, factor: int) -> torch.Tensor:
-    """Averages of `factor` x `factor` pixels: antialiased, and each of the pixels counts."""
+    """Averages of `factor` x `factor` pixels, so that the result has no aliasing and depends on every pixel."""
     return nn.functional.avg_pool2d(pixels, factor) if factor > 1 else pixels
 
 
 class Haystack(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Images (1, size / factor, size / factor), made on the fly, and their labels; labels 0 and 1 take turns."""
+    """Images (1, size / factor, size / factor), made when they are read, with labels 0 and 1 in turn."""
 
     def __init__(self, seed: tuple[int, ...], length: int, size: int, factor: int = 1) -> None:
         self.seed, self.length, self.size, self.factor = seed, length, size, factor
         photographs = (skimage.data.brick(), skimage.data.grass(), skimage.data.gravel())
-        # With their mirror images, so that copies side by side have no seams.
+        # Each photograph is joined with its mirror images, so that copies side by side have no seams.
         self.textures = [np.pad(np.float32(each) / 255, (0, len(each)), mode="symmetric") for each in photographs]
 
     def __len__(self) -> int:
@@ -88,11 +92,11 @@ class Haystack(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return downsample(image, self.factor), torch.tensor(float(index % 2))
 
     def draw(self, index: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Image `index` at full resolution, roughly standardised, and where the corners of the crosses are."""
+        """Image `index` at full resolution, roughly standardised, and the top left corners of its crosses."""
         random = np.random.default_rng((*self.seed, index))
         share = random.uniform()
         texture = share * self._texture(random) + (1 - share) * self._texture(random)
-        # Half of the range from black to white at most, so that no cross needs clipping.
+        # The texture takes at most half of the range from black to white, so that no cross needs clipping.
         texture = 0.5 + random.uniform(0.2, 0.4) * (texture - 0.5)
         copies = -(-self.size // len(texture))
         image = np.tile(texture, (copies, copies))[: self.size, : self.size]
@@ -104,7 +108,7 @@ class Haystack(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return torch.from_numpy(8 * (image - 0.5))[None], corners
 
     def _texture(self, random: np.random.Generator) -> np.ndarray:
-        """One of the textures, from a random corner on, and perhaps transposed."""
+        """A random texture, shifted by a random offset and transposed at random."""
         texture = self.textures[random.integers(len(self.textures))]
         texture = np.roll(texture, random.integers(len(texture), size=2), axis=(0, 1))
         return texture.T if random.integers(2) else texture
@@ -128,7 +132,7 @@ def network() -> nn.Module:
 
 
 def area_under_curve(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """How often an image of label 1 has a higher score than one of label 0; ties count half."""
+    """The share of pairs in which the image of label 1 has a higher score than that of label 0; ties count half."""
     differences = scores[labels == 1][:, None] - scores[labels == 0]
     return ((differences > 0).double() + (differences == 0).double() / 2).mean().item()
 
@@ -140,7 +144,7 @@ def validate(model: nn.Module, validation: Haystack) -> float:
 
 
 def train(way: Way, options: argparse.Namespace) -> Iterator[dict[str, float]]:
-    """Yield after every step its seconds and the peak bytes (over the loaded model); at some, the validation AUC."""
+    """Yield the loss, the seconds and the peak bytes (beyond the loaded model) of every step, and the AUC of some."""
     torch.manual_seed(options.seed)
     model = network()
     if way.streamed:
@@ -166,7 +170,7 @@ def train(way: Way, options: argparse.Namespace) -> Iterator[dict[str, float]]:
 
 
 def run_apart(key: str, options: argparse.Namespace, progress: Progress) -> list[dict[str, float]]:
-    """The same in a fresh process, with a progress bar."""
+    """Train in a fresh process and show a progress bar; returns what `train` yields."""
     task = progress.add_task(WAYS[key].name, total=WAYS[key].steps(options), auc="")
     command = [sys.executable, __file__, "--way", key]
     for option in ("seed", "size", "tile", "steps", "validation"):
@@ -199,7 +203,7 @@ def report(found: dict[str, list[dict[str, float]]], options: argparse.Namespace
 
 
 def plot(found: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> Figure:
-    """One cross of each label as the networks see it, and the learning curves."""
+    """A cross of each label at every resolution, and the learning curves."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     examples = Haystack((options.seed, 1), 2, options.size)
@@ -227,8 +231,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=2048, help="height and width of the images in pixels")
     parser.add_argument("--tile", type=int, default=256, help="tile size in pixels")
-    parser.add_argument("--steps", type=int, default=40, help="at full resolution; downsampled, four times as many")
-    parser.add_argument("--validation", type=int, default=48, help="images to validate on")
+    parser.add_argument("--steps", type=int, default=40, help="at full resolution; four times as many downsampled")
+    parser.add_argument("--validation", type=int, default=48, help="number of images to validate on")
     parser.add_argument("--plot", type=Path, default=Path("out/needle.png"), help="where to write the learning curves")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -2,8 +2,9 @@
 
     python examples/quickstart.py
 
-The photograph is scikit-image's retina.jpg, upsampled. Each way of training runs in a process of its own, from the
-same seed, so that its peak memory is its own. The two differ in one line: `fxstream.convert`.
+The program prints the losses, the time and the peak memory of both ways of training, which differ in one line:
+`fxstream.convert`. The photograph is scikit-image's retina.jpg, upsampled. Each way of training runs in a process of
+its own, from the same seed, so that its peak memory can be measured separately.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ WAYS = ("conventional", "streamed")
 
 
 def photograph(size: int) -> torch.Tensor:
-    """The retina, (1, 3, size, size), float32 in [-1, 1]."""
+    """The photograph of a retina: (1, 3, size, size), float32 in [-1, 1]."""
     pixels = torch.from_numpy(skimage.data.retina()).permute(2, 0, 1)[None].float() / 127.5 - 1
     return nn.functional.interpolate(pixels, size=(size, size), mode="bilinear")
 
 
 def train(way: str, size: int, tile: int, steps: int) -> Iterator[dict[str, float]]:
-    """Yield loss, seconds and peak bytes (over the loaded model) after every step."""
+    """Yield the loss, the seconds and the peak bytes (beyond the loaded model) of every step."""
     torch.manual_seed(0)
     model: nn.Module = torchvision.models.resnet18(num_classes=2).eval()
     if way == "streamed":
@@ -59,7 +60,7 @@ def train(way: str, size: int, tile: int, steps: int) -> Iterator[dict[str, floa
 
 
 def run_apart(way: str, options: argparse.Namespace, progress: Progress) -> list[dict[str, float]]:
-    """The same in a fresh process, with a progress bar."""
+    """Train in a fresh process and show a progress bar; returns what `train` yields."""
     task = progress.add_task(way, total=options.steps)
     command = [sys.executable, __file__, "--way", way, "--size", str(options.size)]
     command += ["--tile", str(options.tile), "--steps", str(options.steps)]

@@ -1,4 +1,4 @@
-"""What the training examples share: a network, photographs of three textures made on the fly, a command line."""
+"""The network, the data set and the command line that the training examples share. It is imported, not run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ BATCH = 4
 
 
 def network() -> nn.Module:
-    """A resnet18 for three classes, the same at every call."""
+    """A resnet18 for three classes, with the same weights at every call."""
     torch.manual_seed(0)
     return torchvision.models.resnet18(num_classes=len(CLASSES), zero_init_residual=True)
 
 
 class Textures(Dataset[tuple[torch.Tensor, int]]):
-    """Random crops of scikit-image's textures, enlarged to (3, size, size); which crop depends on the index alone.
+    """Random crops of three of scikit-image's textures, enlarged to (3, size, size), and the class of the texture.
 
-    The textures are of equal brightness and contrast.
+    A crop depends only on its index. The textures have equal brightness and contrast.
     """
 
     def __init__(self, length: int, size: int):

@@ -1,10 +1,10 @@
-"""Train as train_plain.py does, in several processes with DistributedDataParallel.
+"""Train the model of train_plain.py in several processes with DistributedDataParallel.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
 
-Every process takes its share of each batch, on a GPU of its own where there are any, and gradients are averaged as they
-are for any model: convert first, then wrap. The weights are those of one process with the whole batch. Streaming saves
-memory within a process, so an image need not be split among them.
+Convert first, then wrap. Every process takes its share of each batch, on a GPU of its own if there are GPUs, and
+gradients are averaged as they are for any model. The weights at the end are those of one process that trains on the
+whole batch. Streaming saves memory within a process, so an image need not be split among processes.
 """
 
 from __future__ import annotations

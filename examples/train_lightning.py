@@ -1,6 +1,8 @@
-"""Train as train_plain.py does, with Lightning: the model is converted, everything else is as ever.
+"""Train the model of train_plain.py with Lightning.
 
-python examples/train_lightning.py
+    python examples/train_lightning.py
+
+The model is converted; everything else is ordinary Lightning code.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import fxstream
 
 
 class Classifier(lightning.LightningModule):
-    """Any LightningModule; it does not know of streaming."""
+    """An ordinary LightningModule, in which nothing refers to streaming."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -1,9 +1,9 @@
-"""Train a resnet18 on photographs of textures, streamed, in a plain PyTorch loop.
+"""Train a streamed resnet18 to tell photographs of textures apart, in a plain PyTorch loop.
 
     python examples/train_plain.py
 
-`fxstream.convert` is the only line that knows of streaming. train_lightning.py and train_ddp.py do the same with
-Lightning and in several processes, and end with the same weights.
+`fxstream.convert` is the only line that has to do with streaming. train_lightning.py trains the same model with
+Lightning, and train_ddp.py in several processes; both end with the same weights as this program.
 """
 
 from __future__ import annotations
