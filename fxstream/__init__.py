@@ -18,6 +18,7 @@ from .errors import (
     StreamingWarning,
     TileShapeError,
     TraceError,
+    TransformError,
     WrappedModelError,
 )
 from .estimate import Estimate
@@ -45,6 +46,7 @@ __all__ = [
     "StreamingWarning",
     "TileShapeError",
     "TraceError",
+    "TransformError",
     "WrappedModelError",
     "analyze",
     "convert",

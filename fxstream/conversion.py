@@ -77,7 +77,7 @@ def convert(
         StreamingError: the base class of these errors, and of those that the converted model raises when it is called:
             InputError (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm is
             in training mode), ModeError, AttributeChangedError, HookError (a streamed module has acquired a hook),
-            ShardedError, NotLocalError, DoubleBackwardError.
+            ShardedError, NotLocalError, TransformError (torch.func, forward-mode AD), DoubleBackwardError.
 
     Warns:
         StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part.

@@ -59,6 +59,10 @@ class NotLocalError(StreamingError):
     """An operation that was local at conversion is not local any more."""
 
 
+class TransformError(StreamingError):
+    """The converted model is called inside a transform that does not see through it: torch.func, forward-mode AD."""
+
+
 class DoubleBackwardError(StreamingError):
     """The streamed call was differentiated twice."""
 

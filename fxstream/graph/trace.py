@@ -12,16 +12,13 @@ Three things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import operator
-import random
-import sys
 import traceback
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -32,8 +29,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TraceError
 from ..ops import NotLocal, functions, has_own_methods, rule_for
+from .attributes import Held, held
 from .hooks import computed_weights, has_hooks
 from .nodes import INPLACE_OPERATORS
+from .snapshot import RandomState, Snapshot
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Assumptions:
 
     modes: Mapping[str, bool]
     """Path of a module -> the training flag that decided which operations were traced."""
-    attributes: Mapping[str, Mapping[str, Any]]
-    """Path of a module -> its numbers and strings that were read, by name: constants of the graph."""
+    attributes: Mapping[str, Mapping[str, Held]]
+    """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
 
@@ -73,7 +72,15 @@ class Trace:
 
 
 class _Proxy(Proxy):
-    """A proxy that records in-place operators, which Python would otherwise turn into `x = x + y`."""
+    """A proxy that records in-place operators, which Python would otherwise turn into `x = x + y`.
+
+    It refuses the assignment of attributes, such as `x.data = ...`, which would change only the proxy.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise _UnrecordedError(f"it assigns the attribute '{name}' of a tensor, which fx does not record")
+        super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -95,13 +102,14 @@ _CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool):
+    def __init__(self, snapshot: Snapshot, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool):
         super().__init__(autowrap_functions=functions())
+        self.snapshot = snapshot
         self.opaque = opaque
         self.freeze_batchnorm = freeze_batchnorm
         self.modes: dict[str, bool] = {}
         self.frozen: set[str] = set()
-        self.attributes: dict[str, dict[str, Any]] = {}
+        self.attributes: dict[str, dict[str, Held]] = {}
         self.entered: list[str] = []
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
@@ -141,10 +149,10 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
-        before, drawn = _state(m), _random_state()
+        drawn = RandomState()
         try:
             result = super().call_module(m, forward, args, kwargs)
-            _check_unchanged(m, before)
+            _check_unchanged(self.snapshot, m, *m.children())
             _check_nothing_drawn(drawn)
         except Exception:
             self.failed_in = self.failed_in or path
@@ -208,8 +216,11 @@ class _Tracer(fx.Tracer):
 
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
-            if hasattr(self, "graph") and name not in _OF_MODULES and _is_plain(value):
-                self.attributes.setdefault(path, {})[name] = value
+            if hasattr(self, "graph") and name not in _OF_MODULES and not name.startswith("__"):
+                # The converted model is of another class than the root, so it does not have its class attributes.
+                own = bool(path) or name in original.__getattribute__(module, "__dict__")
+                if own and (parts := held(value)) != {}:
+                    self.attributes.setdefault(path, {})[name] = parts
             return value
 
         names: dict[str, Any] = {"training": property(training, set_training), "__module__": original.__module__}
@@ -222,13 +233,6 @@ class _Tracer(fx.Tracer):
 _OF_MODULES = set(vars(nn.Module()))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether fx records a value as a constant, without where it came from."""
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, complex, str, NoneType))
-
-
 def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
     """Trace a model. Raises TraceError if its own forward cannot be traced.
 
@@ -237,9 +241,8 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
     """
     opaque = dict(opaque)
     while True:
-        tracer = _Tracer(opaque, freeze_batchnorm)
-        states = {module: _state(module) for module in model.modules()}
-        drawn = _random_state()
+        snapshot, drawn = Snapshot(model), RandomState()
+        tracer = _Tracer(snapshot, opaque, freeze_batchnorm)
         try:
             if "forward" in vars(model):
                 raise _UnrecordedError("its forward has been replaced on the instance, which fx does not see")
@@ -247,7 +250,7 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
             constants = {
                 name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
             }
-            _check_unchanged(model, states[model])
+            _check_unchanged(snapshot, *model.modules())
             _check_nothing_drawn(drawn)
         except Exception as error:
             if tracer.failed_in is None:
@@ -258,9 +261,8 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
             continue
         finally:
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
-            for module, state in states.items():
-                _restore(module, state)
-            _restore_random(drawn)
+            snapshot.restore()
+            drawn.restore()
         _remove_unused_flags(graph, tracer)
         assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
@@ -276,75 +278,14 @@ def _region() -> tuple[Any, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
-def _random_state() -> dict[str, Any]:
-    """The states of the generators that a forward may draw from, by the name of their module."""
-    states = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if "numpy" in sys.modules:
-        states["numpy"] = sys.modules["numpy"].random.get_state()
-    return states
+def _check_unchanged(snapshot: Snapshot, *modules: nn.Module) -> None:
+    if changed := snapshot.changed(*modules):
+        raise _UnrecordedError(f"its forward assigns attributes ({', '.join(changed)}), which fx does not record")
 
 
-def _check_nothing_drawn(before: dict[str, Any]) -> None:
-    now = _random_state()
-    same = torch.equal(now["torch"], before["torch"]) and now["random"] == before["random"]
-    if same and "numpy" in before:
-        (_, keys, place, *_), (_, old_keys, old_place, *_) = now["numpy"], before["numpy"]
-        same = place == old_place and bool((keys == old_keys).all())
-    if not same:
+def _check_nothing_drawn(before: RandomState) -> None:
+    if before.has_changed():
         raise _UnrecordedError("it draws random numbers while it is traced, which fx does not record")
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["random"])
-    if "numpy" in state:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-
-
-_CONTAINERS = (dict, list, set, deque)
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes; registries and other containers are copied."""
-    return {name: value.copy() if isinstance(value, _CONTAINERS) else value for name, value in vars(module).items()}
-
-
-def _check_unchanged(module: nn.Module, before: dict[str, Any]) -> None:
-    now, computed = _state(module), computed_weights(module)
-    changed = [
-        name
-        for name in now.keys() | before.keys()
-        if name not in computed and not _same(now.get(name), before.get(name))
-    ]
-    if changed:
-        raise _UnrecordedError(
-            f"its forward assigns attributes ({', '.join(sorted(changed))}), which fx does not record"
-        )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-    if isinstance(one, set) and isinstance(other, set):
-        return one == other  # a copy may have another order
-    if isinstance(one, _CONTAINERS) and isinstance(other, _CONTAINERS):
-        return len(one) == len(other) and all(map(operator.is_, one, other))
-    return one is other
-
-
-def _restore(module: nn.Module, state: dict[str, Any]) -> None:
-    for name in list(vars(module)):
-        if name not in state:
-            del vars(module)[name]
-    for name, value in state.items():
-        if isinstance(value, _CONTAINERS) and isinstance(vars(module).get(name), _CONTAINERS):
-            # The container itself stays, since others may hold it.
-            registry: Any = vars(module)[name]
-            if not _same(registry, value):
-                registry.clear()
-                (registry.extend if isinstance(value, (list, deque)) else registry.update)(value)
-        else:
-            vars(module)[name] = value
 
 
 def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:

@@ -30,7 +30,7 @@ from ..graph.serialize import dump_graph, load_graph
 from ..graph.trace import Assumptions
 from ..memory.fit import Fit, fitted
 from ..scan.call import Call, new_call
-from ..scan.checks import check_attributes, check_hooks, check_image, check_modes, check_whole
+from ..scan.checks import check_attributes, check_hooks, check_image, check_modes, check_transforms, check_whole
 from ..scan.noise import restored_on_failure
 from ..scan.settings import Settings
 from ..scan.tape import detached_leaves
@@ -64,6 +64,7 @@ class Streamed(nn.Module):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch itself uses it so
     def forward(self, image: torch.Tensor, *inputs: Any) -> Any:
         call, tensors = self.checked_call(image, *inputs)
+        check_transforms(tensors)
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         scan = Scan(call, tensors)
         with restored_on_failure() if scan.random else nullcontext():
@@ -146,7 +147,11 @@ class _StreamedFunction(torch.autograd.Function):
         with torch.no_grad():
             found = scan.backward(states, pieces, ctx.recorded, gradients)
         if torch.is_grad_enabled():
-            found = [None if gradient is None else _RefuseSecond.apply(gradient, *tensors) for gradient in found]
+            # It depends on the given gradients, too: `autograd.functional.jvp` differentiates with respect to them.
+            given = [gradient for gradient in gradients if gradient is not None]
+            found = [
+                None if gradient is None else _RefuseSecond.apply(gradient, *tensors, *given) for gradient in found
+            ]
         return (None, *found)
 
 

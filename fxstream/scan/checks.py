@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import AttributeChangedError, BatchNormModeError, HookError, InputError, ModeError, ShardedError
+from ..errors import (
+    AttributeChangedError,
+    BatchNormModeError,
+    HookError,
+    InputError,
+    ModeError,
+    ShardedError,
+    TransformError,
+)
+from ..graph.attributes import Held, difference, held
 from ..graph.hooks import has_hooks
 from .settings import Settings
 
@@ -35,6 +45,26 @@ def is_sharded(value: Any) -> bool:
     # Not imported here, which would take a second: whoever shards parameters has imported it already.
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def check_transforms(tensors: Sequence[torch.Tensor]) -> None:
+    """Raises TransformError inside a transform of torch that does not see through the scan, and would be wrong."""
+    if torch.jit.is_tracing():
+        raise TransformError("torch.jit.trace would record the tiles of one image size. Way out: trace the plain model")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise TransformError(
+            "transforms of torch.func (grad, vmap, jvp) do not see through the streamed part. "
+            "Way out: torch.autograd.grad; or the plain model, which has the same weights"
+        )
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise TransformError(
+            "the streamed part does not support forward-mode automatic differentiation: a tangent would be lost. "
+            "Way out: the plain model, which has the same weights"
+        )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def check_whole(called: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> None:
@@ -82,14 +112,15 @@ def check_modes(owner: nn.Module, modes: Mapping[str, bool]) -> None:
         )
 
 
-def check_attributes(owner: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+def check_attributes(owner: nn.Module, attributes: Mapping[str, Mapping[str, Held]]) -> None:
     """Raises AttributeChangedError if an attribute has another value than the one that was traced."""
     for path, traced in attributes.items():
         module = owner.get_submodule(path)
         for name, value in traced.items():
-            now = getattr(module, name, None)
-            if now is not value and now != value:
+            full_name = f"{path}.{name}" if path else name
+            if found := difference(value, held(getattr(module, name, None)), full_name):
+                where, before, now = found
                 raise AttributeChangedError(
-                    f"{path + '.' if path else ''}{name} was {value!r} at the conversion, which took it as a constant; "
-                    f"now it is {now!r}. Way out: convert the model again, or make it a buffer, which every call reads."
+                    f"{where} was {before!r} at the conversion, which took it as a constant; now it is {now!r}. "
+                    "Way out: convert the model again, or make it a buffer, which every call reads."
                 )

@@ -1,0 +1,137 @@
+"""Snapshots: what a forward changes while it is traced is found out and undone. The model is not ours to change."""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hooks import computed_weights
+
+_CONTAINERS = (dict, list, set, deque)
+MOST_OBJECTS = 20_000
+"""A model may hold a whole data set. Beyond so many containers and objects, we do not look at further ones."""
+
+
+class Snapshot:
+    """What all modules of a model hold, and the containers and plain objects that can be reached from them."""
+
+    def __init__(self, model: nn.Module):
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        """The id of a module, container or object -> the thing itself, and a shallow copy of what it holds."""
+        self._held_by: dict[nn.Module, list[Any]] = {}
+        """A module -> itself, and what else can be reached from it without passing another module."""
+        modules = list(model.modules())
+        for module in modules:
+            self._contents[id(module)] = (module, _contents(module))
+        most = len(modules) + MOST_OBJECTS
+        for module in modules:
+            self._held_by[module] = [module, *self._reached(module, most)]
+
+    def _reached(self, module: nn.Module, most: int) -> Iterator[Any]:
+        """Note what can be reached from a module, the nearest first, until `most` things have been noted."""
+        waiting = deque(_watched(module))
+        while waiting and len(self._contents) < most:
+            thing = waiting.popleft()
+            if id(thing) not in self._contents:
+                self._contents[id(thing)] = (thing, _contents(thing))
+                yield thing
+                waiting.extend(_watched(thing))
+
+    def changed(self, *modules: nn.Module) -> list[str]:
+        """The names of attributes that are not what they were, in some modules and in what is reached from them."""
+        found: list[str] = []
+        for module in modules:
+            computed = computed_weights(module)
+            for thing in self._held_by[module]:
+                found += (name for name in self._differing(thing) if thing is not module or name not in computed)
+        return sorted(found)
+
+    def _differing(self, thing: Any) -> Iterator[str]:
+        now, before = _contents(thing), self._contents[id(thing)][1]
+        if not isinstance(thing, _CONTAINERS):
+            for name in now.keys() | before.keys():
+                if now.get(name) is not before.get(name):
+                    yield name
+        elif not _same(now, before):
+            yield type(thing).__name__
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for thing, contents in self._contents.values():
+            if not _same(_contents(thing), contents):
+                _fill(thing, contents)
+
+
+class RandomState:
+    """The states of the generators that a forward may draw from."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def has_changed(self) -> bool:
+        """Whether anything has been drawn since."""
+        now = RandomState()
+        tensors = zip([now._torch, *now._cuda], [self._torch, *self._cuda], strict=False)
+        if not all(torch.equal(one, other) for one, other in tensors) or now._python != self._python:
+            return True
+        if self._numpy is None:
+            return False
+        (_, keys, position, *_), (_, old_keys, old_position, *_) = now._numpy, self._numpy
+        return bool(position != old_position or (keys != old_keys).any())
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def _contents(thing: Any) -> Any:
+    """A shallow copy of what a module, object or container holds."""
+    return thing.copy() if isinstance(thing, _CONTAINERS) else dict(vars(thing))
+
+
+def _watched(thing: Any) -> Iterator[Any]:
+    """The containers and plain objects that a thing holds itself."""
+    held = _contents(thing)
+    for value in held.values() if isinstance(held, dict) else held:
+        # What a tuple holds cannot be replaced, but changed.
+        yield from filter(_is_watched, value if isinstance(value, tuple) else [value])
+
+
+def _is_watched(value: Any) -> bool:
+    """Whether a forward may change what a value holds: it is a container or a plain object, and no module."""
+    if isinstance(value, _CONTAINERS):
+        return True
+    if isinstance(value, (nn.Module, type, torch.Tensor)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    library = type(value).__module__.partition(".")[0]
+    return library not in ("torch", "builtins", "numpy") and isinstance(vars(value), dict)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    if isinstance(one, set):
+        return bool(one == other)  # a copy may have another order
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _fill(thing: Any, contents: Any) -> None:
+    """Give a thing back what it held. The thing itself stays, since others may hold it."""
+    target: Any = thing if isinstance(thing, _CONTAINERS) else vars(thing)
+    target.clear()
+    (target.extend if isinstance(target, (list, deque)) else target.update)(contents)

@@ -1,0 +1,255 @@
+"""What a graph cannot record, or holds as a constant, is never lost without a word: it is right, or a named error."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_exact
+from torch import nn
+
+import fxstream
+from fxstream.testing import compare, head
+
+
+class Trunk(nn.Module):
+    """Two convolutions around a given piece of Python."""
+
+    def __init__(self, body: Callable[[Any, torch.Tensor], torch.Tensor], **attributes: Any):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 4, 3)
+        self.body = body
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(self, self.first(x)))
+
+
+class Around(nn.Module):
+    """A module in the middle of a model."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 3, 3, padding=1), inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.stem(x))
+
+
+IMAGE = (1, 3, 21, 18)
+
+
+# Numbers that a forward reads from its attributes.
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.slope, self.act = 0.1, {"scale": 2.0}
+
+
+READ: dict[str, tuple[Any, Callable[[Any, torch.Tensor], torch.Tensor], Callable[[Any], None], str]] = {
+    "a number": (2.0, lambda m, y: y * m.read, lambda m: setattr(m, "read", 3.0), "read was 2.0 .*; now it is 3.0"),
+    "a dict": ({"a": 2.0}, lambda m, y: y * m.read["a"], lambda m: m.read.update(a=5.0), r"read\['a'\] was 2.0"),
+    "a dict in a dict": (
+        {"a": {"b": 2.0}},
+        lambda m, y: y * m.read["a"]["b"],
+        lambda m: m.read["a"].update(b=5.0),
+        r"read\['a'\]\['b'\] was 2.0",
+    ),
+    "a list": ([1, 2], lambda m, y: y * m.read[1], lambda m: m.read.append(3), r"read\[2\] was None .*; now it is 3"),
+    "an object": (
+        Settings(),
+        lambda m, y: F.leaky_relu(y, m.read.slope),
+        lambda m: setattr(m.read, "slope", 0.5),
+        "read.slope was 0.1 .*; now it is 0.5",
+    ),
+    "a dict in an object": (
+        SimpleNamespace(act={"scale": 2.0}),
+        lambda m, y: y * m.read.act["scale"],
+        lambda m: m.read.act.update(scale=4.0),
+        r"read.act\['scale'\] was 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_forward_reads_and_has_changed_since_is_an_error(name: str) -> None:
+    value, body, change, message = READ[name]
+    model = nn.Sequential(Trunk(body, read=copy.deepcopy(value)))
+    converted = fxstream.convert(model, 8)
+    compare(model.double(), converted.double(), torch.randn(IMAGE))
+    change(converted.get_submodule("0"))
+    with pytest.raises(fxstream.AttributeChangedError, match=rf"^0.{message}"):
+        converted(torch.randn(IMAGE, dtype=torch.double))
+
+
+def test_an_attribute_that_is_not_a_number_stays_the_same_when_pickled() -> None:
+    converted = pickle.loads(pickle.dumps(fxstream.convert(Trunk(unless_nan, fill=float("nan")), 8)))
+    converted(torch.randn(IMAGE))
+
+
+def unless_nan(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return y if m.fill != m.fill else y + m.fill
+
+
+class WithClassAttributes(Trunk):
+    slope = 0.1
+
+    @property
+    def scale(self) -> float:
+        return 2 * self.slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(super().forward(x), self.slope) * self.scale
+
+
+@pytest.mark.parametrize("around", [nn.Identity, Around], ids=["the root", "a submodule"])
+def test_class_attributes_and_properties_are_read(around: Any) -> None:
+    model = WithClassAttributes(lambda m, y: y)
+    assert_exact(model if around is nn.Identity else Around(model), IMAGE, 8, whole=True)
+
+
+# What a forward changes.
+
+
+def _log(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.record.means.append(y)
+    return y
+
+
+def _count(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.record.calls += 1
+    return y * m.record.calls
+
+
+def _nested(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.cache["a"]["b"] = y
+    return y
+
+
+def _calm(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.norm.eval()
+    return m.norm(y)
+
+
+def _renormalise(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.last.weight.data = torch.renorm(m.last.weight.data, 2, 0, 0.3)
+    return y
+
+
+def _add_to_data(m: Any, y: torch.Tensor) -> torch.Tensor:
+    y.data += 1
+    return y
+
+
+CHANGED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
+    "a list in an object": (_log, r"assigns attributes \(list\)"),
+    "a counter in an object": (_count, r"assigns attributes \(calls\)"),
+    "a dict in a dict": (_nested, r"assigns attributes \(dict\)"),
+    "the mode of a submodule": (_calm, r"assigns attributes \(training\)"),
+    "a weight's data": (_renormalise, "assigns the attribute 'data' of a tensor"),
+    "a value's data": (_add_to_data, "assigns the attribute 'data' of a tensor"),
+}
+
+
+def changing(name: str) -> Trunk:
+    record = SimpleNamespace(means=[], calls=0)
+    return Trunk(CHANGED[name][0], record=record, cache={"a": {}})
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_forward_that_changes_something_is_refused(name: str) -> None:
+    model = changing(name)
+    with pytest.raises(fxstream.TraceError, match=CHANGED[name][1]):
+        fxstream.convert(model, 8)
+    assert model.record.means == []
+    assert model.record.calls == 0
+    assert model.cache == {"a": {}}
+    assert model.norm.training
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_submodule_that_changes_something_stays_one_call(name: str) -> None:
+    plain = Around(changing(name)).double()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert head(converted) == ["inner"]
+    image = torch.randn(IMAGE, dtype=torch.double)
+    for _ in range(2):
+        torch.testing.assert_close(converted(image), plain(image), rtol=1e-12, atol=0)
+    assert converted.get_submodule("inner").record.calls == plain.inner.record.calls
+    assert converted.get_submodule("inner").norm.training == plain.inner.norm.training
+
+
+# Transforms that do not see through the scan.
+
+
+@pytest.fixture
+def converted() -> torch.fx.GraphModule:
+    return fxstream.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()).double(), 8)
+
+
+def image(**options: Any) -> torch.Tensor:
+    return torch.randn(IMAGE, dtype=torch.double, **options)
+
+
+def test_jvp_by_double_backward_is_refused(converted: torch.fx.GraphModule) -> None:
+    with pytest.raises(fxstream.DoubleBackwardError, match="cannot be differentiated twice"):
+        torch.autograd.functional.jvp(converted, (image(),), (image(),))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(converted: torch.fx.GraphModule, grad: bool) -> None:
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        torch.set_grad_enabled(grad),
+        pytest.raises(fxstream.TransformError, match="forward-mode"),
+    ):
+        converted(torch.autograd.forward_ad.make_dual(image(), image()))
+
+
+def test_a_tangent_of_a_parameter_is_refused(converted: torch.fx.GraphModule) -> None:
+    weights = {name: weight.detach() for name, weight in converted.named_parameters()}
+    with torch.autograd.forward_ad.dual_level():
+        weights["0.bias"] = torch.autograd.forward_ad.make_dual(weights["0.bias"], torch.ones(4, dtype=torch.double))
+        with pytest.raises(fxstream.TransformError, match="forward-mode"):
+            torch.func.functional_call(converted, weights, (image(),))
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "grad": lambda model: torch.func.grad(lambda x: model(x).sum())(image()),
+    "vmap": lambda model: torch.func.vmap(model)(image()[None]),
+    "jvp": lambda model: torch.func.jvp(model, (image(),), (image(),)),
+    "vjp": lambda model: torch.func.vjp(model, image()),
+    "jacrev": lambda model: torch.func.jacrev(model)(image()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_are_refused(converted: torch.fx.GraphModule, name: str) -> None:
+    with pytest.raises(fxstream.TransformError, match=r"torch\.func|forward-mode"):
+        TRANSFORMS[name](converted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace_is_refused(converted: torch.fx.GraphModule) -> None:
+    with pytest.raises(fxstream.TransformError, match="trace the plain model"):
+        torch.jit.trace(converted, image())
+
+
+def test_functional_call_and_export_are_right(converted: torch.fx.GraphModule) -> None:
+    x = image()
+    weights = {name: weight.detach() * 2 for name, weight in converted.named_parameters()}
+    expected = F.conv2d(x, weights["0.weight"], weights["0.bias"]).tanh()
+    torch.testing.assert_close(torch.func.functional_call(converted, weights, (x,)), expected)
+    exported = torch.export.export(converted.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), converted(x))
