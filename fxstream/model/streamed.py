@@ -148,10 +148,8 @@ class _StreamedFunction(torch.autograd.Function):
             found = scan.backward(states, pieces, ctx.recorded, gradients)
         if torch.is_grad_enabled():
             # It depends on the given gradients, too: `autograd.functional.jvp` differentiates with respect to them.
-            given = [gradient for gradient in gradients if gradient is not None]
-            found = [
-                None if gradient is None else _RefuseSecond.apply(gradient, *tensors, *given) for gradient in found
-            ]
+            reached = (*tensors, *(gradient for gradient in gradients if gradient is not None))
+            found = [None if gradient is None else _RefuseSecond.apply(gradient, *reached) for gradient in found]
         return (None, *found)
 
 
