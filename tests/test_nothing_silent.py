@@ -15,6 +15,7 @@ from reference import assert_exact
 from torch import nn
 
 import fxstream
+from fxstream.ops import Dim, Local, Noise, Value, registry
 from fxstream.testing import compare, head
 
 
@@ -253,3 +254,32 @@ def test_functional_call_and_export_are_right(converted: torch.fx.GraphModule) -
     torch.testing.assert_close(torch.func.functional_call(converted, weights, (x,)), expected)
     exported = torch.export.export(converted.eval(), (x,))
     torch.testing.assert_close(exported.module()(x), converted(x))
+
+
+# Rules of a user's own.
+
+
+class Difference(nn.Module):
+    """Adds the difference of two draws."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x) - torch.rand_like(x)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one number per position", "one number per image"])
+def test_two_noise_operands_are_two_draws(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @fxstream.register(Difference)
+    def difference(m: Difference, x: Value) -> Local:
+        dims = (x.dims[0], *[Dim(None, 1)] * 3) if shared else x.dims
+        return Local((x, Noise(dims), Noise(dims, torch.randn)), x.dims, lambda block, one, other: block + one - other)
+
+    converted = fxstream.convert(nn.Sequential(Difference(), nn.Identity()), (8, None, 16, 16), example_input=image())
+    sizes = (4000, 1, 2, 2) if shared else (8, 2, 64, 64)
+    found = converted(torch.zeros(sizes))
+    # The variance of a uniform number is 1 / 12, that of a normal one 1.
+    assert found.var().item() == pytest.approx(1 + 1 / 12, rel=0.1)
+    assert found.mean().item() == pytest.approx(0.5, abs=0.05)
+    if shared:
+        assert torch.equal(found, found[:, :, :1, :1].expand(sizes))

@@ -49,7 +49,7 @@ def is_sharded(value: Any) -> bool:
 
 def check_transforms(tensors: Sequence[torch.Tensor]) -> None:
     """Raises TransformError inside a transform of torch that does not see through the scan, and would be wrong."""
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]  # torch has no types for it
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch has no types for it
         raise TransformError("torch.jit.trace would record the tiles of one image size. Way out: trace the plain model")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise TransformError(

@@ -58,8 +58,8 @@ class Scan:
         self.handed = {output.value for output in self.outputs.values()}
         """The values of which the outputs are made."""
         self.layouts: dict[tuple[int, int], TensorLayout] = {}
-        self.noise: dict[int, torch.Tensor] = {}
-        """For a value, the random numbers that its tiles share."""
+        self.noise: dict[tuple[int, int], torch.Tensor] = {}
+        """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
         self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.local.operands)
 
     def _outputs(self) -> dict[int | Total, Output]:
@@ -266,7 +266,7 @@ class Scan:
                 operands.append(operand.tensor[rows] if slot is None else source.tensor(slot, rows))
                 continue
             if isinstance(operand, Noise):
-                operands.append(self._drawn(operand, value, tile, operands[0]))
+                operands.append(self._drawn(operand, value, len(operands), tile, operands[0]))
                 continue
             if operand.index == IMAGE:
                 region = self._region(value, edge, tile)
@@ -277,18 +277,24 @@ class Scan:
         streamed = self.grid.spans(value, 0, tile)
         return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
 
-    def _drawn(self, noise: Noise, value: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
-        """The random numbers for the block of `value`; `like` is a tensor on their device."""
+    def _drawn(self, noise: Noise, value: int, place: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
+        """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
         tags = {index: dim.tag for index, dim in enumerate(noise.dims) if dim.tag is not None}
         rows = self._rows(tags, len(noise.dims), value, tile)
         whole = [int(dim.size) for dim in noise.dims]
         if len(tags) == len(self.axes):
             # No two tiles share any of these: each tile draws its own, and none are kept.
-            number = value + len(self.readers) * (1 + self.grid.number(tile))
+            number = self._draw_number(value, place, 1 + self.grid.number(tile))
             return draw(self.call.seed, number, noise.draw, torch.empty(whole, device="meta")[rows].shape, like)
-        if value not in self.noise:
-            self.noise[value] = draw(self.call.seed, value, noise.draw, whole, like)
-        return self.noise[value][rows]
+        key = (value, place)
+        if key not in self.noise:
+            self.noise[key] = draw(self.call.seed, self._draw_number(value, place, 0), noise.draw, whole, like)
+        return self.noise[key][rows]
+
+    def _draw_number(self, value: int, place: int, tile: int) -> int:
+        """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
+        places = max(len(step.local.operands) for step in self.program.steps)
+        return (tile * len(self.readers) + value) * places + place
 
     def _rows(self, tags: Mapping[int, str], rank: int, value: int, tile: Tile) -> tuple[slice, ...]:
         """The index into a tensor that selects what belongs to the block of `value`.
