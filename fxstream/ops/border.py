@@ -1,4 +1,4 @@
-"""Padding and trimming of blocks: what a `Span` says, done to a tensor."""
+"""Padding and trimming of blocks, as a `Span` says."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ def fit(
 
     Returns:
         The block itself, a view of it, or a padded copy.
+
+    Example:
+        The first two output rows of a 3 x 3 convolution with padding 1 read all three rows of an image (N, C, H, W).
+
+        >>> import torch
+        >>> from fxstream.ops import Sliding, fit
+        >>> span = Sliding(kernel=3, before=1, after=1).span(0, 2, 3)
+        >>> fit(torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1), [span], dims=[2]).flatten()
+        tensor([0., 1., 2., 3.])
     """
     if dims is None:
         dims = range(block.dim() - len(spans), block.dim())
