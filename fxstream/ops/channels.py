@@ -31,7 +31,7 @@ def spanning_problem(x: Value, dims: Iterable[int], what: str) -> NotLocal | Non
 
 
 def parameter_problem(*parameters: Any) -> NotLocal | None:
-    """Why these parameters keep an operation from streaming: one depends on the image. Else None."""
+    """Why an operation with these parameters is not local: one of them depends on the image. Else None."""
     if any(isinstance(parameter, Value) for parameter in parameters):
         return NotLocal("has parameters that depend on the image")
     return None

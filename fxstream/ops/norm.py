@@ -51,9 +51,9 @@ def batch_norm(
 def _strided_alike(result: torch.Tensor) -> torch.Tensor:
     """The result of a batch or instance norm; its gradient will get the same strides in memory.
 
-    Otherwise torch's `native_batch_norm_backward` can be wrong on the CPU. If the input or the gradient of the output is
-    channels_last and has a dimension of size 1 with an unusual stride, torch takes it to be contiguous, and reads it in
-    the layout of the other. An instance norm of one image always makes such a stride. A batch norm meets one with a
+    Otherwise torch's `native_batch_norm_backward` can be wrong on the CPU. If the input or the gradient of the output
+    is channels_last and has a dimension of size 1 with an unusual stride, torch takes it to be contiguous, and reads it
+    in the layout of the other. An instance norm of one image always makes such a stride. A batch norm meets one with a
     single image or a single row, and blocks have a single row more often than images do.
     """
     strides = result.stride()

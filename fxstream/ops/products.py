@@ -98,7 +98,7 @@ def rank_of(operand: Any) -> int:
 
 
 def operand_problem(*operands: Any) -> NotLocal | None:
-    """Why a product of these operands cannot be streamed: the number of dimensions of one is not known. Else None."""
+    """Why a product of these operands is not local: one is not known before the call. Else None."""
     if any(isinstance(operand, Unknown) for operand in operands):
         return NotLocal("has an operand that is not known before the call")
     return None

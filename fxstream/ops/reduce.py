@@ -97,7 +97,7 @@ _register_spread("var")
 
 
 def _by_keyword(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
-    """The function, taking `dim` by position, as `_reduced` passes it, though torch takes another argument there."""
+    """The function as `_reduced` calls it: in torch's own signature, `dim` is not the second argument."""
     return lambda block, dim, keepdim: function(block, dim=dim, keepdim=keepdim, **options)
 
 
