@@ -1,62 +1,65 @@
-"""Every error and warning that fxstream raises on purpose."""
+"""Every error and warning that fxstream raises on purpose. Messages name the operation, the reason and the way out."""
 
 from __future__ import annotations
 
 
 class StreamingError(RuntimeError):
-    """Base class: a model, an argument or an input that fxstream cannot stream exactly."""
+    """Base class of all errors of fxstream: it cannot stream this model, or this call, exactly."""
 
 
 class TraceError(StreamingError):
-    """torch.fx cannot trace the model; the message says where and what to do."""
+    """At conversion: torch.fx cannot trace the model. The message names the line of code and the way out."""
 
 
 class NothingToStreamError(StreamingError):
-    """Not one operation at the front of the model is local."""
+    """At conversion: no operation at the front of the model is local, so that nothing can be streamed."""
 
 
 class WrappedModelError(StreamingError):
-    """What is to be converted is a wrapper around a model: it belongs around the converted one."""
+    """At conversion: the model is already converted, or wrapped, as by DistributedDataParallel or torch.compile.
+
+    The way out is to convert the model itself and to wrap the converted model.
+    """
 
 
 class TileShapeError(StreamingError, ValueError):
-    """`tile_shape` has a wrong form, or a size in it is not positive."""
+    """`tile_shape` has a wrong form or a size that is not positive, or is "auto" without a `memory_budget`."""
 
 
 class MemoryBudgetError(StreamingError, ValueError):
-    """`memory_budget` is no number of bytes."""
+    """`memory_budget` is not a number of bytes; or, with `tile_shape="auto"`, no tiles fit it."""
 
 
 class InputError(StreamingError, ValueError):
-    """The image has the wrong rank, number of channels or type."""
+    """At a call: the image has the wrong number of dimensions or channels, or the wrong type."""
 
 
 class ImageTooSmallError(InputError):
-    """The image is too small for the network; the plain model fails on it as well."""
+    """At a call: the image is too small for an operation of the model. The plain model fails on it as well."""
 
 
 class ModeError(StreamingError):
-    """A module's training flag contradicts what the conversion relied on."""
+    """At a call: a module is not in the mode, training or evaluation, that the conversion relied on."""
 
 
 class AttributeChangedError(StreamingError):
-    """An attribute has changed since the conversion that is a constant of the converted model."""
+    """At a call: an attribute that the forward reads has changed since the conversion, where it became a constant."""
 
 
 class BatchNormModeError(ModeError):
-    """A streamed batch norm is in training mode, so it needs statistics of the whole image."""
+    """At a call: a streamed batch norm is in training mode, and so it needs the statistics of the whole image."""
 
 
 class HookError(StreamingError):
-    """A streamed module has acquired a hook, which would run once a tile or not at all."""
+    """At a call: a streamed module has acquired a hook, which would run once per tile or not at all."""
 
 
 class ShardedError(StreamingError):
-    """A streamed module holds only a shard of its parameters."""
+    """A streamed module holds only a shard of its parameters, as after `fully_shard`."""
 
 
 class NotLocalError(StreamingError):
-    """An operation that was local at conversion is not local any more."""
+    """At a call: an operation that was local at conversion is not local any more."""
 
 
 class TransformError(StreamingError):
@@ -64,8 +67,8 @@ class TransformError(StreamingError):
 
 
 class DoubleBackwardError(StreamingError):
-    """The streamed call was differentiated twice."""
+    """In a backward pass: the streamed part was differentiated twice, which it does not support."""
 
 
 class StreamingWarning(UserWarning):
-    """Streaming is exact, but covers less of the network than one would expect."""
+    """At conversion: streaming is exact but covers less of the model than one would expect."""

@@ -1,6 +1,6 @@
-"""The words in which a streaming rule speaks, and the built-in rules, one module a family.
+"""Streaming rules: what a rule is written with, and the built-in rules, one module per family of operations.
 
-Importing this package registers the built-in rules. docs/your_own_op.md shows how to write one.
+Importing this package registers the built-in rules. docs/your_own_op.md shows how to write a rule.
 """
 
 from ..geometry.axes import Dim, Value

@@ -1,4 +1,4 @@
-"""Attention: local along the batch, and along whatever it does not attend over."""
+"""Attention: local along the batch, and along every other dimension that it does not attend over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Symbol, Value
-from .products import batch_labels, product, rank_of, unknown
+from .products import batch_labels, labelled_product, operand_problem, rank_of
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
 _RANDOM = NotLocal("drops attention weights at random in training mode", "call .eval() on it")
@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
     if dropout_p > 0:
         return NotLocal("drops attention weights at random", "call it with dropout_p=0")
     operands = (query, key, value, attn_mask)
-    if problem := unknown(*operands):
+    if problem := operand_problem(*operands):
         return problem
     inner = (["query", "embedding"], ["key", "embedding"], ["key", "value"], ["query", "key"])
     batches = batch_labels(operands, 2)
@@ -43,7 +43,7 @@ def scaled_dot_product_attention(
     labels = [[*batch, *own] for batch, own in zip(batches, inner, strict=True)]
     result = [*max(batches, key=len), "query", "value"]
     run = partial(_attention, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    return product(operands, labels, result, "attends over", run)
+    return labelled_product(operands, labels, result, "attends over", run)
 
 
 def _attention(
@@ -65,12 +65,12 @@ def multihead_attention(
     is_causal: bool = False,
 ) -> Answer:
     operands = (query, key, value, key_padding_mask, attn_mask)
-    if problem := unknown(*operands):
+    if problem := operand_problem(*operands):
         return problem
     if m.training and m.dropout > 0:
         return _RANDOM
     if rank_of(attn_mask) == 3:
-        return NotLocal("has an attention mask for each head of each sample", "give it one for all samples")
+        return NotLocal("has an attention mask for each head of each sample", "give it one mask for all samples")
     queries, keys = (["sample", "query"], ["sample", "key"])
     if not m.batch_first:
         queries, keys = queries[::-1], keys[::-1]
@@ -88,7 +88,8 @@ def multihead_attention(
         return found[weights]  # type: ignore[no-any-return]  # a tensor
 
     def answer(result: list[str], weights: bool) -> Local | NotLocal:
-        return product(operands, labels, result, "attends over", partial(attention, weights=weights), sizes)
+        run = partial(attention, weights=weights)
+        return labelled_product(operands, labels, result, "attends over", run, sizes)
 
     attended = answer([*queries, "channel"], weights=False)
     if isinstance(attended, NotLocal):
@@ -96,13 +97,13 @@ def multihead_attention(
     if not need_weights:
         return attended, Fact(None)
     heads = [] if average_attn_weights else ["head"]
-    # Two runs of the same attention, where both results are used.
+    # Each result has its own `run`: the attention is computed twice if the model uses both.
     weights = answer(["sample", *heads, "query", "attended" if "attended" in sizes else "key"], weights=True)
     return weights if isinstance(weights, NotLocal) else (attended, weights)
 
 
 def _sample_by_sample(x: Value, batch: int, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
-    """Whatever keeps the shape and treats each sample by itself."""
+    """An attention that keeps the shape and treats each sample of dimension `batch` by itself."""
     if tags := x.tags(index for index in range(x.rank) if index != batch):
         return NotLocal(f"attends over positions along the streamed {' and '.join(tags)}")
     return Local((x,), x.dims, run)
@@ -132,7 +133,7 @@ def transformer_encoder(
     return _transformer(m, src, mask, src_key_padding_mask, is_causal)
 
 
-# Swin transformers of torchvision, whose windows shift around the whole image.
+# torchvision's Swin transformers. Their attention windows are shifted cyclically, so they span the whole image.
 
 
 @register("torchvision.models.swin_transformer.shifted_window_attention")

@@ -1,7 +1,7 @@
-"""Operations that combine all positions of some dimensions: local along every other one.
+"""Operations that combine all positions of some dimensions and are local along every other one.
 
-Normalisation and softmax over channels. They stream wherever the dimensions that they combine are not streamed: a
-LayerNorm over the channels of an image, a group norm of each image of a batch.
+Among them are softmax and all normalisations but batch and instance norm. They stream if none of the dimensions that
+they combine is streamed: a LayerNorm over the channels of an image, or a group norm of each image of a batch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Symbol, Value
+from .arguments import as_tuple
 from .registry import Answer, Local, NotLocal, register
 
 
-def spanning(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
-    """Why an operation that combines the positions of `dims` is not local; None if it is."""
+def spanning_problem(x: Value, dims: Iterable[int], what: str) -> NotLocal | None:
+    """Why an operation that combines all positions of `dims` is not local; None if it is.
+
+    `what` says for the user what the operation does: "takes the mean".
+    """
     if tags := x.tags(dims):
         return NotLocal(f"{what} along the streamed {' and '.join(tags)}")
     return None
 
 
-def of_image(*parameters: Any) -> NotLocal | None:
+def parameter_problem(*parameters: Any) -> NotLocal | None:
+    """Why an operation with these parameters is not local: one of them depends on the image. Else None."""
     if any(isinstance(parameter, Value) for parameter in parameters):
         return NotLocal("has parameters that depend on the image")
     return None
 
 
-def _combined(
+def _across(
     x: Value, dims: Iterable[int], what: str, run: Callable[[torch.Tensor], torch.Tensor], *parameters: Any
 ) -> Answer:
-    """An operation that keeps the shape and combines the positions of `dims`."""
-    return of_image(*parameters) or spanning(x, dims, what) or Local((x,), x.dims, run)
+    """The answer for an operation that keeps the shape and combines all positions of `dims`."""
+    return parameter_problem(*parameters) or spanning_problem(x, dims, what) or Local((x,), x.dims, run)
 
 
 @register(F.layer_norm)
@@ -45,7 +50,7 @@ def layer_norm(
 ) -> Answer:
     shape = tuple(normalized_shape)
     run = partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
-    return _combined(input, range(-len(shape), 0), "takes the mean and variance", run, weight, bias)
+    return _across(input, range(-len(shape), 0), "takes the mean and variance", run, weight, bias)
 
 
 @register(nn.LayerNorm)
@@ -57,7 +62,7 @@ def layer_norm_module(m: Any, input: Value) -> Answer:
 def rms_norm(input: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Answer:
     shape = tuple(normalized_shape)
     run = partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
-    return _combined(input, range(-len(shape), 0), "takes the mean square", run, weight)
+    return _across(input, range(-len(shape), 0), "takes the mean square", run, weight)
 
 
 @register(nn.RMSNorm)
@@ -67,14 +72,15 @@ def rms_norm_module(m: Any, input: Value) -> Answer:
 
 @register(F.group_norm)
 def group_norm(input: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Answer:
-    # torch's own condition, on the whole batch, of which a chunk may be one image.
+    # torch refuses to normalise single values. This is checked on the sizes of the whole value, since a block of a
+    # batch may have fewer positions than the batch.
     if math.prod(num_groups + 1 if dim.known is None else dim.known for dim in input.dims) == num_groups:
         raise ValueError("a group norm of single values")
 
     def run(block: torch.Tensor) -> torch.Tensor:
         return torch.group_norm(block, num_groups, weight, bias, eps)
 
-    return _combined(input, range(1, input.rank), "takes the mean and variance of groups", run, weight, bias)
+    return _across(input, range(1, input.rank), "takes the mean and variance of groups", run, weight, bias)
 
 
 @register(nn.GroupNorm)
@@ -85,7 +91,7 @@ def group_norm_module(m: Any, input: Value) -> Answer:
 @register(F.local_response_norm)
 def local_response_norm(input: Value, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Answer:
     run = partial(F.local_response_norm, size=size, alpha=alpha, beta=beta, k=k)
-    return _combined(input, [1], "combines neighbouring positions", run)
+    return _across(input, [1], "combines neighbouring positions", run)
 
 
 @register(nn.LocalResponseNorm)
@@ -94,14 +100,14 @@ def local_response_norm_module(m: Any, input: Value) -> Answer:
 
 
 def _register_over_one_dimension(what: str, function: Callable[..., torch.Tensor], *targets: Any) -> None:
-    """Functions that keep the shape and combine the positions of their `dim`."""
+    """Register functions that keep the shape and combine all positions of their argument `dim`."""
 
     @register(*targets)
     def rule(input: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Answer:
         kwargs.pop("_stacklevel", None)
         if dim is None:
             return NotLocal(f"takes {what} along a dimension that it does not name")
-        return _combined(input, [dim], f"takes {what}", lambda block: function(block, dim, *args, **kwargs))
+        return _across(input, [dim], f"takes {what}", lambda block: function(block, dim, *args, **kwargs))
 
 
 _register_over_one_dimension("the softmax", torch.softmax, torch.softmax, F.softmax, "softmax")
@@ -114,7 +120,7 @@ def _register_softmax_module(module_type: type[nn.Module], function: Callable[..
     def rule(m: Any, input: Value) -> Answer:
         if m.dim is None:
             return NotLocal("takes the softmax along a dimension that it does not name")
-        return _combined(input, [m.dim], "takes the softmax", partial(function, dim=m.dim))
+        return _across(input, [m.dim], "takes the softmax", partial(function, dim=m.dim))
 
 
 _register_softmax_module(nn.Softmax, torch.softmax)
@@ -123,20 +129,19 @@ _register_softmax_module(nn.LogSoftmax, torch.log_softmax)
 
 @register(nn.Softmax2d)
 def softmax_of_channels(m: Any, input: Value) -> Answer:
-    return _combined(input, [-3], "takes the softmax", partial(torch.softmax, dim=-3))
+    return _across(input, [-3], "takes the softmax", partial(torch.softmax, dim=-3))
 
 
 @register(F.normalize)
 def normalize(input: Value, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Answer:
     if out is not None:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
-    dims = dim if isinstance(dim, (tuple, list)) else [dim]
-    return _combined(input, dims, "takes the norm", lambda block: F.normalize(block, p, dim, eps))
+    return _across(input, as_tuple(dim), "takes the norm", lambda block: F.normalize(block, p, dim, eps))
 
 
 @register(F.glu)
 def glu(input: Value, dim: int = -1) -> Answer:
-    if problem := spanning(input, [dim], "gates one half with the other"):
+    if problem := spanning_problem(input, [dim], "gates one half with the other"):
         return problem
     size = input.dims[input.dim(dim)].known
     dims = input.resized({input.dim(dim): Symbol() if size is None else size // 2})

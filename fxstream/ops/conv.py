@@ -1,4 +1,4 @@
-"""Convolutions, transposed ones among them."""
+"""Convolutions and transposed convolutions."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from torch import nn
 
 from ..errors import InputError
 from ..geometry.axes import Dim, Symbol, Value
-from ..geometry.window import IDENTITY, Border, Sliding, Span, Transposed, Window
-from .border import MODES, fit
+from ..geometry.window import IDENTITY, Sliding, Span, Transposed, Window
+from .arguments import per_axis
+from .border import BORDERS, fit
 from .registry import Answer, Local, NotLocal, Unknown, register
 
-_BORDERS: dict[str, Border] = {border: border for border in MODES}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def per_axis(value: Any, axes: int) -> tuple[int, ...]:
-    """torch's convention for sizes: one number for all axes, or one for each."""
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return values * axes if len(values) == 1 else values
-
-
 def image_problem(x: Value, axes: int, name: str) -> NotLocal | None:
-    """What keeps a value from being the (N, C, *spatial) input of an operation over `axes` spatial axes."""
+    """Why a value cannot be the image (N, C, *spatial) that an operation over `axes` spatial axes takes, or None.
+
+    `name` says what the operation does to channels, for the case that they are streamed.
+    """
     if x.rank != axes + 2:
         return NotLocal(f"expects {axes + 2} dimensions and gets {x.rank}")
     if tags := x.tags([1]):
@@ -36,12 +33,10 @@ def image_problem(x: Value, axes: int, name: str) -> NotLocal | None:
 
 
 def _kernel_problem(x: Value, axes: int, weight: Any, bias: Any) -> NotLocal | None:
-    if isinstance(weight, (Unknown, Value)) or isinstance(bias, Value):
-        unknown = "has a kernel that is not known before the call"
-        return image_problem(x, axes, "mixes channels") or NotLocal(
-            unknown, "give it a kernel made of parameters alone"
-        )
-    return image_problem(x, axes, "mixes channels")
+    problem = image_problem(x, axes, "mixes channels")
+    if problem is None and (isinstance(weight, (Unknown, Value)) or isinstance(bias, Value)):
+        return NotLocal("has a kernel that is not known before the call", "give it a kernel made of parameters alone")
+    return problem
 
 
 def _channel_problem(x: Value, expected: int) -> NotLocal | None:
@@ -68,32 +63,34 @@ def convolution(
         return problem
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, axes), per_axis(dilation, axes)
     paddings = _paddings(padding, kernel, dilation)
-    border = _BORDERS.get(mode, "zeros")
+    border = BORDERS.get("constant" if mode == "zeros" else mode)  # None for mode "circular"
     windows: dict[int, Window] = {
-        axis: Sliding(k, s, d, before, after, border)
+        axis: Sliding(k, s, d, before, after, border or "zeros")
         for axis, (k, s, d, (before, after)) in enumerate(zip(kernel, stride, dilation, paddings, strict=True), start=2)
     }
     dims = x.slid(windows)
-    around: list[int] = []
-    own = [0] * axes
-    if mode not in _BORDERS:
+    circular: list[int] = []
+    native = [0] * axes
+    if border is None:
         if tags := x.tags(axis for axis, amounts in enumerate(paddings, start=2) if any(amounts)):
             return NotLocal(
                 f"pads in mode '{mode}', which reads rows from the opposite border along {' and '.join(tags)}",
                 "use padding_mode='zeros', 'reflect' or 'replicate'",
             )
-        around = [amount for amounts in reversed(paddings) for amount in amounts]
+        circular = [amount for amounts in reversed(paddings) for amount in amounts]
         windows = {axis: window if x.dims[axis].tag is not None else IDENTITY for axis, window in windows.items()}
     elif mode == "zeros":
-        # Where blocks are whole, the convolution pads by itself, which takes no copy.
+        # Along an axis that is not streamed, torch's convolution pads by itself, which saves a padded copy.
         for axis, (before, after) in enumerate(paddings, start=2):
             if x.dims[axis].tag is None and before == after:
-                windows[axis], own[axis - 2] = IDENTITY, before
+                windows[axis], native[axis - 2] = IDENTITY, before
     function = _FUNCTIONS[axes]
 
     def run(block: torch.Tensor, *spans: Any) -> torch.Tensor:
-        rows = fit(block, spans, border)
-        return function(F.pad(rows, around, mode) if around else rows, weight, bias, stride, own, dilation, groups)
+        rows = fit(block, spans, border or "zeros")
+        if circular:
+            rows = F.pad(rows, circular, mode)
+        return function(rows, weight, bias, stride, native, dilation, groups)
 
     return Local((x,), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
 
@@ -102,7 +99,7 @@ def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) 
     if padding == "valid":
         return [(0, 0) for _ in kernel]
     if padding == "same":
-        # An odd total pads one more behind, as torch does.
+        # If the total is odd, torch pads one row more behind the image than before it.
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return [(total // 2, total - total // 2) for total in totals]
     return [(amount, amount) for amount in per_axis(padding, len(kernel))]
@@ -148,27 +145,30 @@ def transposed(
     if any(window.output_padding >= max(window.step, window.dilation) for window in windows.values()):
         return NotLocal("pads its output by a whole stride, which torch refuses")
     if any(isinstance(size, Unknown) for size in output_size or ()):
-        return NotLocal("makes as many rows as are not known before the call")
+        return NotLocal("has an output_size that is not known before the call")
     sizes_given = dict(enumerate(tuple(output_size)[-axes:], start=2)) if output_size is not None else {}
     if any(isinstance(number, Symbol) for number in (*sizes_given.values(), *(dim.size for dim in x.dims[2:]))):
         dims = x.resized(sizes_given) if sizes_given else x.slid(windows)
     else:
         windows = {
-            axis: _reaching(window, x.dims[axis].known, sizes_given.get(axis)) for axis, window in windows.items()
+            axis: _with_size(window, x.dims[axis].known, sizes_given.get(axis)) for axis, window in windows.items()
         }
         dims = x.slid(windows)
     function = _TRANSPOSED[axes]
 
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        # Rows that no input row reaches get nothing but the bias.
+        # The bias is added after `fit`, since it also belongs to rows that no input row contributes to.
         rows = fit(function(block, weight, None, stride, 0, 0, groups, dilation), spans)
         return rows if bias is None else rows + bias.view(-1, *(1,) * axes)
 
     return Local((x,), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, dict(windows))
 
 
-def _reaching(window: Transposed, length: int | None, size: int | None) -> Transposed:
-    """The window with the output padding that makes so many rows of `length` ones."""
+def _with_size(window: Transposed, length: int | None, size: int | None) -> Transposed:
+    """The window with the output padding with which `length` input rows give `size` output rows.
+
+    Raises ValueError if torch refuses such an output padding.
+    """
     if size is None or length is None:
         return window
     window = replace(window, output_padding=0)

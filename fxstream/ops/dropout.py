@@ -1,6 +1,6 @@
-"""Operations that draw random numbers: what drops activations in training mode, and noise of a value's size.
+"""Operations that draw random numbers: dropouts in training mode, and noise with the shape of a value.
 
-In eval mode they return what they get. What is dropped for a whole channel or image is dropped in all of its tiles.
+A dropout that drops whole channels or images drops them in all tiles. In eval mode, dropouts return their input.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _Drop = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 def dropping(
     input: Value, p: float, training: bool, inplace: bool, drop: _Drop, along: tuple[int, ...] | None = None
 ) -> Answer:
-    """The rule of a dropout: `drop(block, kept, p)` gets a mask with the dimensions `along`, by default all."""
+    """The answer for a dropout with probability `p`.
+
+    `drop(block, kept, p)` computes the result from a block and a boolean mask. The mask differs between positions of
+    the dimensions `along`, by default all, and has size 1 along the others.
+    """
     mutates = input if inplace else None
     if not training or p == 0:
         return Local((input,), input.dims, lambda block: block, mutates=mutates, aliases=input)
@@ -36,12 +40,12 @@ def dropping(
     def run(block: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return drop(block, noise >= p, p)
 
-    # In eval mode, the result is the input itself: whoever overwrites one must see both in either mode.
+    # In eval mode the result is the input itself, and in-place writes after it must be treated alike in both modes.
     return Local((input, noise), input.dims, run, mutates=mutates, aliases=input)
 
 
 def _zero(block: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor:
-    """What is kept is scaled up, so that the mean stays."""
+    """Set what is dropped to zero, and scale up the rest so that the expected value stays the same."""
     return block * (kept.to(block.dtype) * (1 / (1 - p) if p < 1 else 0.0))
 
 
@@ -56,13 +60,17 @@ def _saturate(block: torch.Tensor, kept: torch.Tensor, p: float) -> torch.Tensor
 
 
 def _register_dropout(name: str, function: Any, drop: _Drop, rank: int | None = None, channels: bool = False) -> None:
-    """`rank`: dimensions that the input must have; `channels`: drop whole channels."""
+    """Register a dropout as a module and as a function.
+
+    `rank` is the number of dimensions that the input must have in training mode. With `channels`, whole channels are
+    dropped.
+    """
     trains = signature(function).parameters["training"].default
 
     @register(function)
     def function_rule(input: Value, p: float = 0.5, training: bool = trains, inplace: bool = False) -> Answer:
         if training and rank not in (None, input.rank):
-            return NotLocal(f"gets {input.rank} dimensions, and streams {rank} in training mode")
+            return NotLocal(f"expects {rank} dimensions in training mode and gets {input.rank}")
         return dropping(input, p, training, inplace, drop, (0, 1) if channels else None)
 
     @register(getattr(nn, name))
@@ -82,7 +90,7 @@ _register_dropout("FeatureAlphaDropout", F.feature_alpha_dropout, _saturate, cha
 def stochastic_depth(input: Value, p: float, mode: str, training: bool = True) -> Answer:
     along = {"row": (0,), "batch": ()}.get(mode)
     if along is None:
-        return NotLocal(f"drops by mode '{mode}'")
+        return NotLocal(f"drops in mode '{mode}', which has no streaming rule")
     return dropping(input, p, training, False, _zero, along)
 
 

@@ -1,4 +1,4 @@
-"""Operations that cut values apart and join them."""
+"""Indexing, splitting, joining and reordering along dimensions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..geometry.axes import Dim, Extent, Size, Symbol, Value
-from ..geometry.window import IDENTITY, Sliding, Span, Table, Window
+from ..geometry.window import Sliding, Span, Table, Window
+from .arguments import as_tuple, unpacked
 from .border import fit
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 
@@ -30,7 +31,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
         if isinstance(tensor, torch.Tensor) and any(
             first.dims[index].known not in (None, tensor.size(index)) for index in extents
         ):
-            return NotLocal("concatenates a tensor that has not the size of the image")
+            return NotLocal("concatenates a tensor whose size is not that of the image")
     operands = tuple(tensor if isinstance(tensor, Value) else Sliced(tensor, extents) for tensor in tensors)
     sizes = [_known(tensor, dim) for tensor in tensors]
     known = [size for size in sizes if size is not None]
@@ -39,7 +40,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
 
 
 def _known(tensor: Any, dim: int) -> int | None:
-    """The size of a dimension, if it is known already."""
+    """The size of a dimension; None if it is not known before the call."""
     if isinstance(tensor, Value):
         return tensor.dims[dim].known
     return None if isinstance(tensor, Unknown) else tensor.size(dim)
@@ -63,8 +64,9 @@ _UNCOUNTABLE = NotLocal("cuts a dimension into a number of parts that is not kno
 
 
 def _parts(x: Value, dim: int, sizes: Sequence[Any]) -> tuple[Local, ...]:
-    """Consecutive parts of a dimension that is not streamed."""
-    if any(isinstance(size, Symbol) for size in sizes):  # known at the call
+    """One result per size: consecutive parts of a dimension that is not streamed."""
+    if any(isinstance(size, Symbol) for size in sizes):
+        # At conversion only the dimensions of the results are needed: nothing runs before the call.
         return tuple(Local((x,), x.resized({dim: size}), lambda block: block, aliases=x) for size in sizes)
 
     def part(start: int, size: int) -> Local:
@@ -74,7 +76,8 @@ def _parts(x: Value, dim: int, sizes: Sequence[Any]) -> tuple[Local, ...]:
     return tuple(part(start, size) for start, size in zip(starts, sizes, strict=True))
 
 
-def _uncuttable(x: Value, dim: int, *counts: Any) -> NotLocal | None:
+def _cut_problem(x: Value, dim: int, *counts: Any) -> NotLocal | None:
+    """Why a dimension cannot be cut into parts of sizes or numbers `counts`, or None."""
     if not all(isinstance(count, int) for count in counts):
         return NotLocal("cuts a dimension apart by numbers that are not known before the call")
     if tags := x.tags([dim]):
@@ -85,10 +88,10 @@ def _uncuttable(x: Value, dim: int, *counts: Any) -> NotLocal | None:
 @register(torch.chunk, "chunk")
 def chunk(input: Value, chunks: int, dim: int = 0) -> Answer:
     dim = input.dim(dim)
-    if problem := _uncuttable(input, dim, chunks):
+    if problem := _cut_problem(input, dim, chunks):
         return problem
     size = input.dims[dim].known
-    if size is None:  # at the call there may turn out to be fewer of them
+    if size is None:  # at the call there may be fewer parts than `chunks`
         return _parts(input, dim, [Symbol() for _ in range(chunks)])
     each = -(-size // chunks)
     return _parts(input, dim, [min(each, size - start) for start in range(0, size, max(each, 1))])
@@ -98,7 +101,7 @@ def chunk(input: Value, chunks: int, dim: int = 0) -> Answer:
 def split(tensor: Value, split_size_or_sections: Any, dim: int = 0) -> Answer:
     dim = tensor.dim(dim)
     sections = split_size_or_sections
-    if problem := _uncuttable(tensor, dim, *(sections if isinstance(sections, (tuple, list)) else (sections,))):
+    if problem := _cut_problem(tensor, dim, *as_tuple(sections)):
         return problem
     size = tensor.dims[dim].known
     if isinstance(sections, int):
@@ -113,7 +116,7 @@ def split(tensor: Value, split_size_or_sections: Any, dim: int = 0) -> Answer:
 @register(torch.unbind, "unbind")
 def unbind(input: Value, dim: int = 0) -> Answer:
     dim = input.dim(dim)
-    if problem := _uncuttable(input, dim):
+    if problem := _cut_problem(input, dim):
         return problem
     count = input.dims[dim].known
     return _UNCOUNTABLE if count is None else tuple(_selects(input, dim, count))
@@ -128,10 +131,10 @@ def _selects(x: Value, dim: int, count: int) -> Iterator[Local]:
 @register(operator.getitem)
 def getitem(input: Value, index: Any) -> Answer:
     items = list(index) if isinstance(index, tuple) else [index]
-    lists = [place for place, item in enumerate(items) if _is_list_of_integers(item)]
-    if lists and all(item == slice(None) for place, item in enumerate(items) if place != lists[0]):
-        return _picked(input, lists[0], items[lists[0]], lambda block: block[index])
-    if not all(map(_is_plain, items)):
+    lists = [position for position, item in enumerate(items) if _is_list_of_integers(item)]
+    if lists and all(item == slice(None) for position, item in enumerate(items) if position != lists[0]):
+        return _reordered(input, lists[0], items[lists[0]], lambda block: block[index])
+    if not all(map(_is_integer_or_slice, items)):
         return NotLocal("is indexed by something else than known integers and slices")
     used = sum(item is not None and item is not Ellipsis for item in items)
     if Ellipsis not in items:
@@ -151,7 +154,7 @@ def getitem(input: Value, index: Any) -> Answer:
         position, dim = next(source)
         if dim.tag is None:
             if isinstance(item, slice):
-                dims.append(_cut(dim, item))
+                dims.append(_sliced(dim, item))
             block_index.append(item)
         elif item == slice(None):
             dims.append(dim)
@@ -165,33 +168,32 @@ def getitem(input: Value, index: Any) -> Answer:
 
     if not windows:
         return Local((input,), tuple(dims), lambda block: block[tuple(block_index)], aliases=input)
-    # `fit` takes one span for each of the last dimensions.
-    first = min(windows)
-    windows = {position: windows.get(position, IDENTITY) for position in range(first, input.rank)}
 
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        return fit(block, spans)[tuple(block_index)]
+        return fit(block, spans, dims=tuple(windows))[tuple(block_index)]
 
     return Local((input,), tuple(dims), run, windows, aliases=input)
 
 
-def _cut(dim: Dim, item: slice) -> Dim:
+def _sliced(dim: Dim, item: slice) -> Dim:
+    """The result of `x[item]` along a dimension that is not streamed."""
     if item == slice(None):
         return dim
     known = isinstance(dim.size, int) and not any(isinstance(end, Symbol) for end in (item.start, item.stop))
     return Dim(None, len(range(*item.indices(dim.size))) if known else Symbol())
 
 
-def _is_plain(item: Any) -> bool:
+def _is_integer_or_slice(item: Any) -> bool:
+    """Whether an item of an index is an integer, a slice with a positive step, None or an ellipsis."""
     if not isinstance(item, slice):
         return item is None or item is Ellipsis or type(item) in (int, Extent)
-    # Where a slice begins and ends may follow from sizes, and is known at the call then.
+    # The ends of a slice may follow from sizes of the image, which are known only at the call.
     ends = all(end is None or type(end) in (int, Extent) or isinstance(end, Symbol) for end in (item.start, item.stop))
     return ends and (item.step is None or (type(item.step) is int and item.step > 0))
 
 
 def _crop(dim: Dim, item: slice) -> tuple[Window, Dim]:
-    """`x[start:stop:step]` along a streamed dimension. Raises ValueError if nothing is left of it."""
+    """The window and the result of `x[item]` along a streamed dimension. Raises ValueError if the result is empty."""
     step = item.step or 1
     if isinstance(dim.size, int) and not any(isinstance(end, Symbol) for end in (item.start, item.stop)):
         start, stop, _ = item.indices(dim.size)
@@ -201,9 +203,11 @@ def _crop(dim: Dim, item: slice) -> tuple[Window, Dim]:
     if type(start) is int and start >= 0 and type(stop) is int and (stop < 0 or item.stop is None):
         window = Sliding(stride=step, before=-start, after=stop)
         return window, dim.through(window)
-    # What is left hangs on the size of the value, and so does where it begins if that is counted from the end.
-    counted = type(start) is int and start >= 0
-    return Sliding(stride=step, before=-start) if counted else Table(0, (), ()), Dim(dim.tag, Symbol())
+    result = Dim(dim.tag, Symbol())
+    if type(start) is int and start >= 0:
+        return Sliding(stride=step, before=-start), result
+    # The first row follows from the size of the value: an empty table says that the window is not known yet.
+    return Table(0, (), ()), result
 
 
 @register(torch.narrow, "narrow")
@@ -230,8 +234,8 @@ def _is_list_of_integers(item: Any) -> bool:
     return isinstance(item, list) and all(type(number) is int for number in item)
 
 
-def _picked(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
-    """Positions of a dimension in an order of their own."""
+def _reordered(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
+    """The positions `index` of a dimension, a list or a tensor of integers, in that order."""
     if tags := x.tags([dim]):
         return NotLocal(f"puts positions along the streamed axis {tags[0]} in another order")
     count: Size = Symbol()
@@ -244,12 +248,12 @@ def _picked(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.
 def index_select(input: Value, dim: int, index: Any) -> Answer:
     if isinstance(index, Value):
         return NotLocal("picks positions that depend on the image")
-    return _picked(input, input.dim(dim), index, lambda block: block.index_select(dim, index))
+    return _reordered(input, input.dim(dim), index, lambda block: block.index_select(dim, index))
 
 
 @register(torch.flip, "flip")
 def flip(input: Value, *order: Any, dims: Any = None) -> Answer:
-    given = dims if dims is not None else order[0] if isinstance(order[0], (tuple, list)) else order
+    given = unpacked(order) if dims is None else as_tuple(dims)
     if tags := input.tags(given):
         return NotLocal(f"mirrors the streamed {' and '.join(tags)}")
     return Local((input,), input.dims, lambda block: block.flip(given))
@@ -257,7 +261,6 @@ def flip(input: Value, *order: Any, dims: Any = None) -> Answer:
 
 @register(torch.roll, "roll")
 def roll(input: Value, shifts: Any, dims: Any = None) -> Answer:
-    given = dims if isinstance(dims, (tuple, list)) else (dims,)
-    if tags := input.tags(range(input.rank) if dims is None else given):
+    if tags := input.tags(range(input.rank) if dims is None else as_tuple(dims)):
         return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}")
     return Local((input,), input.dims, lambda block: block.roll(shifts, dims))

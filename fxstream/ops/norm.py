@@ -1,4 +1,8 @@
-"""Normalisation: a batch norm that uses its running statistics is an affine map of each position."""
+"""Batch and instance norms.
+
+A batch norm that uses its running statistics maps each position by itself. With statistics of the image at hand, a norm
+is local only along the axes that these do not span.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,9 @@ _FREEZE = "call .eval() on it, or convert with freeze_batchnorm=True"
 def batch_norm(
     x: Value, mean: Any, var: Any, weight: Any, bias: Any, training: bool, eps: float, way_out: str
 ) -> Local | NotLocal:
+    """The answer for a batch norm; `mean` and `var` are the running statistics, `way_out` is advice for the user."""
     if training or mean is None:
-        # Statistics of the batch at hand span all axes but the channels, so every streamed one.
+        # The statistics span all axes but the channels, so every streamed axis.
         why = "is in training mode" if training else "has no running statistics"
         return NotLocal(
             f"{why} and needs the mean and variance over the streamed axes {', '.join(x.tags())}",
@@ -44,14 +49,13 @@ def batch_norm(
 
 
 def _strided_alike(result: torch.Tensor) -> torch.Tensor:
-    """Have the gradient of a batch or instance norm laid out in memory as its result is.
+    """The result of a batch or instance norm; its gradient will get the same strides in memory.
 
-    Otherwise torch's `native_batch_norm_backward` can be wrong on the CPU. Of the input and the gradient of the output,
-    it takes one that is channels_last to be contiguous, if it has a dimension of size 1 with an unusual stride, and
-    reads it in the layout of the other. An instance norm of one image always makes such a stride; a batch norm meets
-    one with a single image or a single row, which blocks are more often than whole images.
+    Otherwise torch's `native_batch_norm_backward` can be wrong on the CPU. If the input or the gradient of the output
+    is channels_last and has a dimension of size 1 with an unusual stride, torch takes it to be contiguous, and reads it
+    in the layout of the other. An instance norm of one image always makes such a stride. A batch norm meets one with a
+    single image or a single row, and blocks have a single row more often than images do.
     """
-
     strides = result.stride()
 
     def lay_out(gradient: torch.Tensor) -> torch.Tensor:
@@ -69,11 +73,11 @@ def batch_norm_module(m: Any, input: Value) -> Local | NotLocal:
     return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, m.training, m.eps, way_out)
 
 
-def _register(module_type: type[nn.Module], rule: Any, ranks: tuple[int, ...], spatial: int | None) -> None:
+def _register_norm(module_type: type[nn.Module], rule: Any, ranks: tuple[int, ...], spatial: int | None) -> None:
     @register(module_type, spatial=spatial)
     def module_rule(m: Any, input: Value) -> Local | NotLocal:
         if input.rank not in ranks:
-            return NotLocal(f"gets {input.rank} dimensions, and streams {' or '.join(map(str, ranks))}")
+            return NotLocal(f"expects {' or '.join(map(str, ranks))} dimensions and gets {input.rank}")
         return rule(m, input)  # type: ignore[no-any-return]  # one of this file's rules
 
 
@@ -120,10 +124,10 @@ def instance_norm(m: Any, input: Value) -> Local | NotLocal:
     return Local((input,), input.dims, run)
 
 
-_register(nn.BatchNorm1d, batch_norm_module, (2, 3), None)
-_register(nn.BatchNorm2d, batch_norm_module, (4,), 2)
-_register(nn.BatchNorm3d, batch_norm_module, (5,), 3)
-_register(nn.SyncBatchNorm, batch_norm_module, (2, 3, 4, 5), None)
-_register(nn.InstanceNorm1d, instance_norm, (3,), None)
-_register(nn.InstanceNorm2d, instance_norm, (4,), 2)
-_register(nn.InstanceNorm3d, instance_norm, (5,), 3)
+_register_norm(nn.BatchNorm1d, batch_norm_module, (2, 3), None)
+_register_norm(nn.BatchNorm2d, batch_norm_module, (4,), 2)
+_register_norm(nn.BatchNorm3d, batch_norm_module, (5,), 3)
+_register_norm(nn.SyncBatchNorm, batch_norm_module, (2, 3, 4, 5), None)
+_register_norm(nn.InstanceNorm1d, instance_norm, (3,), None)
+_register_norm(nn.InstanceNorm2d, instance_norm, (4,), 2)
+_register_norm(nn.InstanceNorm3d, instance_norm, (5,), 3)

@@ -10,28 +10,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Size, Symbol, Value
-from ..geometry.window import Border, Sliding, Span, Window
-from .border import MODES, fit
+from ..geometry.window import Sliding, Span, Window
+from .border import BORDERS, fit
 from .registry import Local, NotLocal, register
-
-_BORDERS: dict[str, Border] = {mode: border for border, mode in MODES.items()}
 
 
 @register(F.pad)
 def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Local | NotLocal:
     if mode == "circular":
         return _circular(input, pad)
-    if mode not in _BORDERS:
+    if mode not in BORDERS:
         return NotLocal(f"pads in mode '{mode}', which has no streaming rule")
     if not all(isinstance(amount, (int, Symbol)) for amount in pad):
         return NotLocal("pads by amounts that are not known before the call")
-    border, fill = _BORDERS[mode], 0.0 if value is None else value
+    border, fill = BORDERS[mode], 0.0 if value is None else value
     count = len(pad) // 2
     if any(isinstance(amount, Symbol) for amount in pad):
-        # They follow from sizes; so does the window, at the call.
+        # The amounts follow from sizes of the image, which are known only at the call, and so does the window.
         resized = {dim: Symbol() for dim in range(input.rank - count, input.rank)}
         return Local((input,), input.resized(resized), lambda block: block)
-    # torch lists the last dimension first.
+    # torch takes the amounts from the last dimension to the first.
     amounts = [(pad[2 * i], pad[2 * i + 1]) for i in reversed(range(count))]
     windows: dict[int, Window] = {
         dim: Sliding(before=before, after=after, border=border)
@@ -45,7 +43,7 @@ def pad(input: Value, pad: Sequence[int], mode: str = "constant", value: float |
 
 
 def _circular(x: Value, pad: Sequence[int]) -> Local | NotLocal:
-    """Rows of the opposite border: local where that is not streamed."""
+    """Circular padding reads rows from the opposite border: it is local along axes that are not streamed."""
     if not all(isinstance(amount, int) for amount in pad):
         return NotLocal("pads by amounts that are not known before the call")
     amounts = {x.rank - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
@@ -55,8 +53,10 @@ def _circular(x: Value, pad: Sequence[int]) -> Local | NotLocal:
         )
     sizes: dict[int, Size] = {}
     for dim, (before, after) in amounts.items():
-        size = x.dims[dim].known
-        sizes[dim] = x.dims[dim].size if before == after == 0 else Symbol() if size is None else size + before + after
+        size = x.dims[dim].size
+        if before or after:
+            size = Symbol() if isinstance(size, Symbol) else size + before + after
+        sizes[dim] = size
     return Local((x,), x.resized(sizes), lambda block: F.pad(block, pad, "circular"))
 
 

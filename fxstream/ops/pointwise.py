@@ -1,4 +1,4 @@
-"""Element-wise operations: activations, arithmetic, comparisons; modules, functions and tensor methods alike."""
+"""Element-wise operations, as modules, functions and tensor methods: activations, arithmetic, comparisons, casts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .registry import Local, NotLocal, Sliced, Unknown, register
 def pointwise(
     function: Callable[..., torch.Tensor], *args: Any, mutates: bool = False, **kwargs: Any
 ) -> Local | NotLocal:
-    """The rule of any element-wise function with broadcasting; `function` must not write into its arguments."""
+    """The answer for an element-wise function with broadcasting, called with these arguments.
+
+    `function` itself must not write into its arguments; `mutates` says that the operation overwrites its first one.
+    """
     named: dict[int | str, Any] = dict(enumerate(args)) | kwargs
     values = [arg for arg in named.values() if isinstance(arg, Value)]
     if kwargs.pop("out", None) is not None:
@@ -41,23 +44,23 @@ def pointwise(
         if isinstance(arg, Value):
             operands[name] = arg
         elif isinstance(arg, torch.Tensor):
-            if problem := _misfit(arg, dims):
+            if problem := _size_problem(arg, dims):
                 return problem
-            # Any dimension but a streamed one broadcasts or matches in a block as it does in the whole tensor.
-            if extents := _extents(arg, dims):
+            # Along dimensions that are not streamed, the tensor broadcasts against a block as against the whole value.
+            if extents := _broadcast_extents(arg, dims):
                 operands[name] = Sliced(arg, extents)
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
         filled = named | dict(zip(operands, blocks, strict=True))
         result = function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
-        # In place, the result takes the type of the operand that it overwrites.
+        # An operation in place keeps the dtype of the operand that it overwrites.
         return result.to(filled[0].dtype) if mutates else result
 
     return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
 
 
 def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Unknown) -> tuple[Dim, ...]:
-    """Dimensions after a constant has been broadcast against them, which may have more channels."""
+    """The dimensions of the result of broadcasting `dims` against a constant, which may have more channels."""
     if isinstance(constant, Unknown):
         return tuple(dim if dim.tag is not None else Dim(None, Symbol()) for dim in dims)
     sizes = (1,) * (len(dims) - constant.dim()) + tuple(constant.shape)
@@ -68,33 +71,34 @@ def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Unknown) -> tuple[D
 
 
 def _grows(target: Value, dims: tuple[Dim, ...]) -> bool:
+    """Whether a result with dimensions `dims` does not fit into the value that it should overwrite."""
     sizes = zip(target.dims, dims, strict=False)
     return len(dims) > target.rank or any(
         None not in (old.known, new.known) and old.size != new.size for old, new in sizes
     )
 
 
-def _extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
-    """The dimensions of a tensor, broadcast against `dims`, that run along a streamed axis."""
+def _broadcast_extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
+    """The dimensions of a tensor that meet a streamed axis when it is broadcast against `dims`, unless of size 1."""
     aligned = dims[len(dims) - tensor.dim() :]
     return {index: dim.tag for index, dim in enumerate(aligned) if dim.tag is not None and tensor.size(index) != 1}
 
 
-def _misfit(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
+def _size_problem(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
     if tensor.dim() > len(dims):
-        return NotLocal(f"is combined with a tensor of {tensor.dim()} dimensions, more than its own {len(dims)}")
+        return NotLocal(f"combines a value of {len(dims)} dimensions with a tensor of {tensor.dim()}")
     aligned = dims[len(dims) - tensor.dim() :]
-    for index, tag in _extents(tensor, dims).items():
+    for index, tag in _broadcast_extents(tensor, dims).items():
         if aligned[index].known not in (None, tensor.size(index)):
             return NotLocal(
-                f"has {aligned[index].size} positions along {tag} and meets {tensor.size(index)} in a tensor"
+                f"combines {aligned[index].size} positions along {tag} with {tensor.size(index)} of a tensor"
             )
     return None
 
 
 def where(condition: Any, input: Any = None, other: Any = None) -> Local | NotLocal:
     if input is None or other is None:
-        return NotLocal("returns the positions of the image's elements")
+        return NotLocal("returns the positions of elements, which depend on the image")
     return pointwise(torch.where, condition, input, other)
 
 
@@ -103,13 +107,13 @@ register("where")(lambda input, condition, other: where(condition, input, other)
 
 
 def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwargs: Any) -> Local | NotLocal:
-    """Returns its argument itself where there is nothing to change."""
+    """The answer for an element-wise function that returns its argument itself if there is nothing to change."""
     local = pointwise(function, input, *args, **kwargs)
     return replace(local, aliases=input) if isinstance(local, Local) else local
 
 
-def converted(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Local | NotLocal:
-    """Another type or device, given as such or as that of another tensor."""
+def cast_like(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Local | NotLocal:
+    """The answer for `to` and `type_as`, which take a dtype and a device, or a tensor that has them."""
     others = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, (Value, torch.Tensor, Unknown)))
     given = next(others, None)
     if not isinstance(input, Value):
@@ -126,19 +130,19 @@ def converted(function: Callable[..., torch.Tensor], input: Any, *args: Any, **k
 
 
 def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:
-    """Its result requires no gradient, whatever its arguments do."""
+    """The answer for an element-wise function whose result never requires a gradient."""
     local = pointwise(function, *args, **kwargs)
     return replace(local, differentiable=False) if isinstance(local, Local) else local
 
 
-def detached(function: Callable[..., torch.Tensor], input: Value, **kwargs: Any) -> Local | NotLocal:
-    """The same, which may return its argument itself."""
+def undifferentiable_cast(function: Callable[..., torch.Tensor], input: Value, **kwargs: Any) -> Local | NotLocal:
+    """The answer for a `cast` whose result never requires a gradient."""
     local = cast(function, input, **kwargs)
     return replace(local, differentiable=False) if isinstance(local, Local) else local
 
 
 for _name in "to type_as".split():
-    register(_name)(partial(converted, getattr(torch.Tensor, _name)))
+    register(_name)(partial(cast_like, getattr(torch.Tensor, _name)))
 for _name in "bfloat16 contiguous cpu cuda double float half positive".split():
     register(_name)(partial(cast, getattr(torch.Tensor, _name)))
 register(torch.positive)(partial(cast, torch.positive))
@@ -154,13 +158,13 @@ for _name in _UNDIFFERENTIABLE:
         register(_function)(partial(undifferentiable, _function))
 register("type")(lambda input, dtype, **kwargs: cast(torch.Tensor.type, input, dtype, **kwargs))
 for _name in "bool detach int long".split():
-    register(_name)(partial(detached, getattr(torch.Tensor, _name)))
-register(torch.detach)(partial(detached, torch.detach))
+    register(_name)(partial(undifferentiable_cast, getattr(torch.Tensor, _name)))
+register(torch.detach)(partial(undifferentiable_cast, torch.detach))
 for _function in (torch.full_like, torch.ones_like, torch.zeros_like):
     register(_function)(partial(undifferentiable, _function))
 for _name in "invert eq ne lt le gt ge and_ or_ xor".split():
     register(getattr(operator, _name))(partial(undifferentiable, getattr(operator, _name)))
-# torch.fx records these as methods if the tensor on the left does not depend on the image.
+# torch.fx records operators as these methods if the tensor on the left does not depend on the image.
 for _name in "and or xor".split():
     register(f"__{_name}__")(partial(undifferentiable, getattr(operator, f"__{_name}__")))
 register("__floordiv__")(partial(pointwise, operator.floordiv))
@@ -188,9 +192,10 @@ def _register(function: Callable[..., torch.Tensor], target: Any, mutates: bool 
 
 
 def _position_of_inplace(function: Callable[..., torch.Tensor]) -> int | None:
+    """Which argument of a function is `inplace`, counted from 0; None if it has no such argument."""
     try:
         return list(inspect.signature(function).parameters).index("inplace")
-    except ValueError:  # there is no such argument, or the function is built in and has none
+    except ValueError:  # it has no such argument, or it is built in and has no signature
         return None
 
 
@@ -208,7 +213,7 @@ for _name in "neg abs".split():
     _register(getattr(operator, _name), getattr(operator, _name))
 
 
-# Activations: module, function, and the module's attributes that are the function's arguments.
+# Activation modules, the function that each calls, and the attributes that it passes to the function.
 _ACTIVATIONS: list[tuple[type[nn.Module], Callable[..., torch.Tensor], tuple[str, ...]]] = [
     (nn.CELU, F.celu, ("alpha",)),
     (nn.ELU, F.elu, ("alpha",)),
@@ -239,11 +244,12 @@ def _register_activation(
 ) -> None:
     @register(module_type)
     def rule(m: Any, input: Value) -> Local | NotLocal:
-        # Some of torch's functions take these by keyword only, and some by position only.
         options = {name: getattr(m, name) for name in attributes}
-        by_keyword = attributes == ("approximate",)
-        args, kwargs = ((), options) if by_keyword else (tuple(options.values()), {})
-        return pointwise(function, input, *args, mutates=getattr(m, "inplace", False), **kwargs)
+        mutates = getattr(m, "inplace", False)
+        if function is F.gelu:  # takes its option by keyword only
+            return pointwise(function, input, mutates=mutates, **options)
+        # Some of the others take theirs by position only.
+        return pointwise(function, input, *options.values(), mutates=mutates)
 
 
 for _activation in _ACTIVATIONS:
@@ -257,7 +263,7 @@ def prelu_module(m: Any, input: Value) -> Local | NotLocal:
 
 @register(F.prelu, torch.prelu, "prelu")
 def prelu(input: Value, weight: Any) -> Local | NotLocal:
-    # One slope for everything, or one a channel: dimension 1, which must be whole then.
+    # There is one slope for all channels, or one per channel: then dimension 1 must not be streamed.
     if isinstance(weight, Value):
         return NotLocal("has slopes that depend on the image")
     if (isinstance(weight, Unknown) or weight.numel() > 1) and (tags := input.tags([1])):

@@ -1,4 +1,4 @@
-"""Pooling over windows; pooling over the whole image is in `whole.py`."""
+"""Pooling over windows. Pooling over the whole image is in `whole.py`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import nn
 
 from ..geometry.axes import Symbol, Value
 from ..geometry.window import Sliding, Span
+from .arguments import as_tuple, per_axis
 from .border import fit
-from .conv import image_problem, per_axis
+from .conv import image_problem
 from .registry import Local, NotLocal, register
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -23,24 +24,31 @@ _AVG = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _windows(axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> dict[int, Sliding]:
-    strides = per_axis(kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else stride, axes)
-    sizes = zip(per_axis(kernel, axes), strides, per_axis(padding, axes), per_axis(dilation, axes), strict=True)
+    if stride is None or stride in ((), []):
+        stride = kernel
+    sizes = zip(
+        per_axis(kernel, axes), per_axis(stride, axes), per_axis(padding, axes), per_axis(dilation, axes), strict=True
+    )
     return {axis: Sliding(k, s, d, p, p, ceil_mode=ceil_mode) for axis, (k, s, p, d) in enumerate(sizes, start=2)}
 
 
-def _oversized_padding(windows: dict[int, Sliding]) -> NotLocal | None:
-    """torch's own condition on the padding of a pooling."""
+def _padding_problem(windows: dict[int, Sliding]) -> NotLocal | None:
+    """Why torch refuses the padding of a pooling, or None."""
     if any(window.before > window.kernel // 2 for window in windows.values()):
         return NotLocal("pads by more than half of its kernel, which torch refuses")
     return None
 
 
 def _follows_from_sizes(*geometry: Any) -> bool:
-    return any(isinstance(number, Symbol) for given in geometry for number in per_axis(given, 1))
+    """Whether a kernel or stride was computed from a size of the image, so that it is known only at a call."""
+    return any(isinstance(number, Symbol) for given in geometry for number in as_tuple(given))
 
 
-def _known_at_the_call(x: Value) -> Local | NotLocal:
-    """At conversion, a pooling whose geometry follows from sizes: over the whole image, mostly."""
+def _pooling_by_sizes(x: Value) -> Local | NotLocal:
+    """The answer at conversion for a pooling whose kernel or stride follows from sizes of the image.
+
+    Its windows usually span the whole image, so it is not local if a spatial axis is streamed.
+    """
     if tags := x.tags(range(2, x.rank)):
         return NotLocal(f"pools windows whose size along {' and '.join(tags)} is not known before the call")
     return Local((x,), x.resized({dim: Symbol() for dim in range(2, x.rank)}), lambda block: block)
@@ -54,16 +62,17 @@ def max_pooling(
     if return_indices:
         return NotLocal("returns indices, which are positions in the whole image", "use return_indices=False")
     if _follows_from_sizes(kernel, stride):
-        return _known_at_the_call(x)
+        return _pooling_by_sizes(x)
     windows = _windows(axes, kernel, stride, padding, dilation, ceil_mode)
-    if problem := _oversized_padding(windows):
+    if problem := _padding_problem(windows):
         return problem
     kernels, strides, dilations = zip(*((w.kernel, w.stride, w.dilation) for w in windows.values()), strict=True)
     function = _MAX[axes]
 
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        # The native padding before the block picks, among rows of the lowest value, a real one for the gradient.
-        # It pads behind as well: further outputs there are cut off.
+        # torch's own padding is used before the block: where all rows of a window have the lowest value, torch gives
+        # the gradient to a row of the image and not to one of the padding. It also pads behind the block, and the
+        # output rows that come from there are cut off.
         padding = tuple(span.pad[0] for span in spans)
         behind = tuple(span._replace(pad=(0, span.pad[1])) for span in spans)
         padded = fit(block, behind, value=_lowest(block.dtype))
@@ -92,9 +101,9 @@ def average_pooling(
     if problem := image_problem(x, axes, "has its channels"):
         return problem
     if _follows_from_sizes(kernel, stride):
-        return _known_at_the_call(x)
+        return _pooling_by_sizes(x)
     windows = _windows(axes, kernel, stride, padding, 1, ceil_mode)
-    if problem := _oversized_padding(windows):
+    if problem := _padding_problem(windows):
         return problem
     if axes == 3:
         _check_size(x, windows)
@@ -115,7 +124,7 @@ def average_pooling(
 
 
 def _check_size(x: Value, windows: dict[int, Sliding]) -> None:
-    """torch's own condition on average pooling of volumes, which the padding does not count for."""
+    """Raise ValueError where torch's average pooling of volumes fails: the kernel exceeds the unpadded size."""
     for dim, window in windows.items():
         length = x.dims[dim].known
         if length is not None and length < window.kernel:
@@ -124,31 +133,35 @@ def _check_size(x: Value, windows: dict[int, Sliding]) -> None:
 
 @lru_cache(maxsize=4096)
 def _counts(window: Sliding, span: Span, margin: int) -> tuple[int, ...]:
-    """How many rows under each window count: those of the image and `margin` rows of padding on both sides.
+    """For each output row of a span, how many rows under its window the average counts.
 
-    torch.nn.AvgPool2d: the overhang of ceil_mode never counts.
+    These are rows of the image and `margin` rows of padding on each side. The rows that `ceil_mode` adds behind the
+    padding never count (torch.nn.AvgPool2d).
     """
     starts = (row * window.stride - window.before for row in range(span.start, span.stop))
     return tuple(min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts)
 
 
 def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ceil_mode: bool) -> Local | NotLocal:
-    """The p-norm of each window (torch.nn.LPPool2d): a root of the mean of powers, times the size of a whole window."""
+    """The answer for the p-norm of each window (torch.nn.LPPool2d).
+
+    torch computes it from the mean of the powers, times the number of positions of a whole window.
+    """
     if not isinstance(norm, (int, float)) or norm == 0:
-        return NotLocal("takes a norm of an order that is not known before the call, or 0")
+        return NotLocal("takes a norm whose order is 0 or not known before the call")
     if math.isinf(norm):
         maximum = max_pooling(axes, x, kernel, stride, 0, 1, ceil_mode, False)
         sign = math.copysign(1, norm)
         return _wrapped(maximum, lambda block: sign * block.abs(), lambda pooled: sign * pooled)
     if _follows_from_sizes(kernel, stride):
-        return _known_at_the_call(x)
+        return _pooling_by_sizes(x)
     count = math.prod(per_axis(kernel, axes))
     mean = average_pooling(axes, x, kernel, stride, 0, ceil_mode, True, None)
     return _wrapped(mean, lambda block: block.pow(norm), lambda pooled: _root(pooled, count, norm))
 
 
 def _root(mean: torch.Tensor, count: int, norm: float) -> torch.Tensor:
-    """As torch computes it, since its derivative is 0 where the mean is."""
+    """The root of `count` times the mean, by torch's own formula, whose derivative is 0 where the mean is 0."""
     return (mean.sign() * F.relu(mean.abs())).mul(count).pow(1 / norm)
 
 
@@ -157,7 +170,7 @@ def _wrapped(
     before: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
 ) -> Local | NotLocal:
-    """An operation between two element-wise ones."""
+    """An operation with one element-wise function applied to its input and another to its result."""
     if isinstance(local, NotLocal):
         return local
     inner = local.run

@@ -1,4 +1,7 @@
-"""Reductions: local along every dimension that they keep, so over the channels, or within each image of a batch."""
+"""Reductions, which are local along every dimension that they keep.
+
+A reduction over the channels streams along height and width, one within each image streams along the batch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..geometry.axes import Dim, Value
-from .channels import spanning
+from .arguments import as_tuple
+from .channels import spanning_problem
 from .pointwise import pointwise
 from .registry import Answer, Local, NotLocal, Total, Unknown, register
 from .totals import Extreme, Reduction, Sum
@@ -25,16 +29,22 @@ def _reduced(
     single: bool = False,
     total: Callable[[tuple[int, ...]], Reduction] | None = None,
 ) -> Answer:
-    """A reduction over some dimensions; None and () mean all of them.
+    """The answer for a reduction over some dimensions.
 
-    `run(block, dim, keepdim=...)` gets a tuple of dimensions, or one with `single`; `total` is how the same is
-    accumulated over tiles.
+    Args:
+        input: the value that is reduced.
+        dim: a dimension or several; None and () mean all.
+        keepdim: whether the reduced dimensions stay, with size 1.
+        name: the reduction in the words of the user.
+        run: called as `run(block, dim, keepdim=...)`, with a tuple of dimensions.
+        single: `run` takes one dimension instead.
+        total: makes the `Reduction` that accumulates the result if the dimensions are streamed; None if there is none.
     """
-    given = dim if isinstance(dim, (tuple, list)) else () if dim is None else (dim,)
+    given = () if dim is None else as_tuple(dim)
     if not isinstance(keepdim, bool) or any(type(index) is not int for index in given):
         return NotLocal(f"takes the {name} with arguments that its streaming rule does not cover")
     reduced = sorted({input.dim(index) for index in given or range(input.rank)})
-    if problem := spanning(input, reduced, f"takes the {name}"):
+    if problem := spanning_problem(input, reduced, f"takes the {name}"):
         return Total(input, total(tuple(reduced)), keepdim, problem) if total is not None else problem
     dims = [
         Dim(None, 1) if index in reduced else old
@@ -48,7 +58,7 @@ def _reduced(
 def _register_reduction(
     name: str, single: bool = False, takes_dtype: bool = False, total: Callable[..., Reduction] | None = None
 ) -> None:
-    """`total(dimensions, the operation on a block)`: how the operation is accumulated over tiles."""
+    """Register a reduction by its name in torch. `total(dimensions, function)` makes its `Reduction`, if it has one."""
     function = getattr(torch, name)
 
     @register(function, name)
@@ -76,7 +86,7 @@ def _register_spread(name: str) -> None:
     def rule(
         input: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Any = None
     ) -> Answer:
-        if isinstance(dim, bool):  # torch's other form: (input, unbiased)
+        if isinstance(dim, bool):  # called as std(input, unbiased)
             dim, unbiased = None, dim
         correction = int(unbiased) if correction is None else correction
         return _reduced(input, dim, keepdim, name, partial(function, correction=correction))
@@ -86,7 +96,8 @@ _register_spread("std")
 _register_spread("var")
 
 
-def _of_block(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+def _by_keyword(function: Callable[..., torch.Tensor], **options: Any) -> Callable[..., torch.Tensor]:
+    """The function as `_reduced` calls it: in torch's own signature, `dim` is not the second argument."""
     return lambda block, dim, keepdim: function(block, dim=dim, keepdim=keepdim, **options)
 
 
@@ -96,28 +107,28 @@ def norm(
 ) -> Answer:
     if out is not None:
         return NotLocal("writes into a tensor given as `out`", "use its result instead")
-    return _reduced(input, dim, keepdim, "norm", _of_block(torch.norm, p=p, dtype=dtype))
+    return _reduced(input, dim, keepdim, "norm", _by_keyword(torch.norm, p=p, dtype=dtype))
 
 
 @register(torch.linalg.vector_norm)
 def vector_norm(x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Answer:
-    return _reduced(x, dim, keepdim, "norm", _of_block(torch.linalg.vector_norm, ord=ord, dtype=dtype))
+    return _reduced(x, dim, keepdim, "norm", _by_keyword(torch.linalg.vector_norm, ord=ord, dtype=dtype))
 
 
 class Extremes(NamedTuple):
-    """The results of `max` and `min` along a dimension, named as those of torch."""
+    """The results of `max` and `min` along a dimension, with the names that torch gives them."""
 
     values: Any
     indices: Any
 
 
 def _register_extreme(name: str) -> None:
-    """`max` and `min`, along one dimension (with indices) or of two operands, and `argmax` and `argmin`."""
-    function, pairwise, position = (getattr(torch, form.format(name)) for form in ("{}", "{}imum", "arg{}"))
+    """Register `max` or `min`, along one dimension (with indices) or of two operands, and `argmax` or `argmin`."""
+    function, pairwise, arg_function = (getattr(torch, form.format(name)) for form in ("{}", "{}imum", "arg{}"))
 
-    @register(position, f"arg{name}")
-    def place(input: Value, dim: Any = None, keepdim: bool = False) -> Answer:
-        local = _reduced(input, dim, keepdim, name, position, single=True)
+    @register(arg_function, f"arg{name}")
+    def index_rule(input: Value, dim: Any = None, keepdim: bool = False) -> Answer:
+        local = _reduced(input, dim, keepdim, name, arg_function, single=True)
         return replace(local, differentiable=False) if isinstance(local, Local) else local
 
     @register(function, name)
@@ -125,13 +136,14 @@ def _register_extreme(name: str) -> None:
         other = dim if isinstance(dim, (Value, torch.Tensor, Unknown)) else other
         if other is not None:
             return pointwise(pairwise, input, other)
-        # The gradient of `max` goes to the position that it returns, that of `amax` is shared.
+        # Not torch.amax: its gradient is shared by all positions that hold the extreme value, while the gradient of
+        # `max` goes to the position that it returns.
         values = _reduced(
             input, dim, keepdim, name, lambda *args, **options: function(*args, **options)[0], single=True
         )
-        places = place(input, dim, keepdim)
-        if isinstance(values, Local) and isinstance(places, Local):
-            return Extremes(values, places)
+        indices = index_rule(input, dim, keepdim)
+        if isinstance(values, Local) and isinstance(indices, Local):
+            return Extremes(values, indices)
         return values
 
 

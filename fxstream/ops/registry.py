@@ -1,10 +1,16 @@
-"""The registry: one rule for every operation that can stream, and the words in which a rule speaks.
+"""The registry of streaming rules, one for every operation that can stream, and the answers that a rule can give.
 
-A rule is called as the operation is, with a `Value` for each tensor that depends on the image and everything else
-as it is (a module's rule gets the module first). It answers `Local`: the operands, the windows and how to run on
-a block (a tuple of these for an operation with several results); `Total`: a reduction over whole streamed axes; `Fact`:
-something that is known without running, such as a size; or `NotLocal`: why not, and the way out. Rules run once at
-conversion, with sizes unknown, and once at every call, so that nothing of a module is captured.
+A rule is called with the arguments of the operation. Each tensor that depends on the image is replaced by a `Value`,
+and everything else is passed as it is. The rule of a module gets the module first. A rule returns one of these answers:
+
+- `Local`: the operation is local, with these operands and windows, and runs on a block in this way;
+- `Total`: the operation is a reduction over whole streamed axes, which can be accumulated tile by tile;
+- `Fact`: the result is known without running anything, such as a size;
+- `NotLocal`: the operation cannot be streamed, for this reason;
+- a tuple of `Local` and `Fact`: the operation has several results.
+
+Rules run at conversion, when the sizes of the image are not known, and again at every call, so that changes of a
+module's attributes take effect.
 """
 
 from __future__ import annotations
@@ -24,61 +30,104 @@ from ..geometry.window import IDENTITY, Window
 from .totals import Reduction
 
 Target = type | Callable[..., Any] | str
+"""What a rule is registered for: a module class, a function, or the name of a tensor method or of one of these."""
 RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False)
 class Sliced:
-    """A tensor that does not depend on the image but has its extent: each block gets its own rows of it.
+    """An operand that does not depend on the image but has its extent along streamed axes, such as a mask.
 
-    `dims` maps the tensor's dimensions to streamed axes.
+    Each block gets the rows of the tensor that belong to the rows of the result.
     """
 
     tensor: torch.Tensor
+    """A tensor of any dtype, such as (1, 1, H, W): one that the rule was given, not one that the rule has computed."""
     dims: Mapping[int, str]
+    """Dimension of the tensor, counted from 0 -> streamed axis, such as {2: "H", 3: "W"}.
+
+    Along these, the tensor has the size of the result. Other dimensions are passed whole.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Random numbers with some of a value's dimensions: drawn once a call, and the same ones where it is recomputed.
+    """An operand of random numbers, which are the same when a tile is computed again in the backward pass.
 
-    `dims` are aligned with the result's; along one of size 1 that is not streamed, all positions share a number.
+    They have the device of the block, and float32, or float64 if the block has float64.
     """
 
     dims: tuple[Dim, ...]
+    """The dimensions of the random tensor, one for each dimension of the result.
+
+    Each is the result's own, or `Dim(None, 1)`: then all positions along it share a number.
+    """
     draw: Callable[..., torch.Tensor] = torch.rand
-    """`torch.rand` or `torch.randn`."""
+    """The distribution: `torch.rand` or `torch.randn`."""
 
 
 @dataclass(frozen=True)
 class Unknown(Undetermined):
-    """At conversion, a value that does not depend on the image and whose shape cannot be known before a call."""
+    """At conversion, the stand-in for a tensor that does not depend on the image but is computed only at a call.
+
+    Neither its shape nor its dtype is known. A rule that computes with it is answered by `NotLocal`.
+    """
 
     name: str
+    """What the tensor is, for whoever prints it."""
 
 
 @dataclass(frozen=True)
 class Local:
-    """An operation that is local along every streamed axis."""
+    """The answer for an operation that is local: each position of the result reads a bounded window of its operands.
+
+    Example:
+        The sum of two neighbouring columns, of an image (N, C, H, W) that is streamed along H and W. Columns 10 to 19
+        of the result read columns 10 to 20 of the image.
+
+        >>> import torch
+        >>> from fxstream.ops import Dim, Local, Sliding, Value, fit
+        >>> x = Value((Dim(None, 1), Dim(None, 3), Dim("H", 200), Dim("W", 150)))
+        >>> windows = {3: Sliding(kernel=2)}
+        >>> def run(block, span):
+        ...     rows = fit(block, [span])
+        ...     return rows[..., 1:] + rows[..., :-1]
+        >>> local = Local((x,), x.slid(windows), run, windows)
+        >>> [dim.size for dim in local.dims]
+        [1, 3, 200, 149]
+        >>> span = windows[3].span(10, 20, 150)
+        >>> span.lo, span.hi
+        (10, 21)
+        >>> local.run(torch.randn(1, 3, 8, 11), span).shape
+        torch.Size([1, 3, 8, 10])
+    """
 
     operands: tuple[Value | Sliced | Noise, ...]
-    """What `run` gets, as blocks, in this order; a value first."""
+    """The operands, a `Value` first. `run` gets one block, a tensor, for each."""
     dims: tuple[Dim, ...]
-    """Dimensions of the result."""
+    """The dimensions of the result in whole, such as (N, C, H, W). Every streamed axis must be among them."""
     run: Callable[..., torch.Tensor]
-    """`run(*blocks, *spans)`: the operation on blocks, with a Span for every window, in the order of `windows`."""
+    """`run(*blocks, *spans)` computes a block of the result.
+
+    The blocks are tensors with the dimensions, dtypes and device of the operands. Along a dimension with a window, a
+    block holds the rows that the window reaches and the image has. There is one `Span` for every window, in the order
+    of `windows`. `run` must not write into a block.
+    """
     windows: Mapping[int, Window] = field(default_factory=dict)
-    """Dimension of the operands -> window; any other streamed dimension has the identity."""
+    """Dimension of the operands, counted from 0 -> the window that slides along it.
+
+    Along any other dimension, each position of the result reads the same position of the operands.
+    """
     mutates: Value | None = None
-    """The operand that the operation overwrites. `run` itself never writes into a block."""
+    """The operand that the operation overwrites in the plain model, or None. `run` does not overwrite it."""
     aliases: Value | None = None
-    """The operand of which the result is a view or which it is itself."""
+    """The operand that the result of the plain operation shares memory with, or None."""
     differentiable: bool = True
-    """Whether the result of operands that require a gradient requires one."""
+    """Whether the result requires a gradient if an operand does."""
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The operands that depend on the image."""
+        """The operands that depend on the image, in order."""
         return tuple(operand for operand in self.operands if isinstance(operand, Value))
 
     def window(self, value: Value, axis: str) -> Window:
@@ -88,31 +137,39 @@ class Local:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """A reduction over whole streamed axes: what reads it does not stream, but it is accumulated tile by tile."""
+    """The answer for a reduction over whole streamed axes.
+
+    It ends the streamed part, but is accumulated tile by tile, so that its operand is never assembled.
+    """
 
     operand: Value
+    """The value that is reduced."""
     reduction: Reduction
+    """How the result is accumulated and its gradient is computed: `Sum`, `First`, `Extreme`, or one of your own."""
     keepdim: bool
     """Whether the reduced dimensions stay, with size 1."""
     problem: NotLocal
-    """Why nothing streams from here on."""
+    """The reason why operations that read the result do not stream, for the user."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something about values that is known without running anything."""
+    """The answer for an operation whose result is known without running anything, such as a size."""
 
     value: Any
+    """The result. It may hold a `Symbol` at conversion, and values if they are passed on as they are."""
 
 
 @dataclass(frozen=True)
 class NotLocal:
-    """Why an operation cannot be streamed, and what the user can do about it."""
+    """The answer for an operation that cannot be streamed, with the reason. It ends the streamed part."""
 
     reason: str
+    """A verb phrase, to which the report adds the operation: "takes the mean along the streamed H"."""
     way_out: str = ""
+    """What the user can do about it, as an imperative phrase: "call .eval() on it"."""
     error: type[Exception] | None = None
-    """The error to raise if this is found out only at a call."""
+    """The error to raise if the operation was local at conversion; by default `NotLocalError`."""
 
 
 Answer = Local | tuple[Local | Fact, ...] | Total | Fact | NotLocal
@@ -124,19 +181,28 @@ _SYNONYMS = {
     "axis0": "dim0",
     "axis1": "dim1",
 }
-"""What torch, too, calls some arguments."""
+"""Other names that torch accepts for an argument, and the names that rules use."""
 
 
 @dataclass(frozen=True)
 class Rule:
+    """A registered rule: the function, and what `register` was told about its operations."""
+
     function: Callable[..., Answer]
+    """The function that `register` decorated."""
     spatial: int | None
-    """Number of spatial axes that the operation is made for."""
+    """The number of spatial axes that the operation is made for; None if any number."""
     takes_sizes: bool
-    """Whether it can make a value out of nothing of the image but a size."""
+    """Whether the rule is also asked if none of the arguments but sizes depends on the image."""
     signature: inspect.Signature
+    """The signature of the function."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Answer:
+        """The answer for a call of the operation with these arguments, under any of the names that torch has for them.
+
+        It is `NotLocal` for arguments that the function does not take, and if the function computes with something that
+        is not known before the call. Raises ValueError where the function does: the image is too small.
+        """
         own = self.signature.parameters
         kwargs = {name if name in own else _SYNONYMS.get(name, name): value for name, value in kwargs.items()}
         try:
@@ -155,14 +221,42 @@ _RULES: dict[Target, Rule] = {}
 def register(
     *targets: Target, spatial: int | None = None, takes_sizes: bool = False
 ) -> Callable[[RuleFunction], RuleFunction]:
-    """Declare the rule of one or several operations.
+    """A decorator that declares a function as the streaming rule of one or several operations.
+
+    The rule is a function of the operation's arguments, with the same names. It returns a `Local`, `Total`, `Fact` or
+    `NotLocal`, or a tuple for several results. It raises ValueError if the image is too small for the operation. A
+    later registration replaces an earlier one for the same target, and that of fxstream itself, too.
 
     Args:
-        targets: module classes (and what extends them without methods of its own), functions as torch.fx records
-            them, names of tensor methods; or, of a library that need not be installed, a class or function by its
-            qualified name ("torchvision.ops.stochastic_depth.StochasticDepth").
-        spatial: the number of spatial axes, for operations that fix it (2 for Conv2d).
-        takes_sizes: also ask the rule where only sizes depend on the image (a token expanded to the batch).
+        targets: what the rule is for. Each is a module class, and the rule also holds for subclasses that override
+            nothing that runs in a call; a function, as torch.fx records it; the name of a tensor method ("relu"); or
+            the qualified name of a class or function of a library that need not be installed
+            ("torchvision.ops.stochastic_depth.StochasticDepth").
+        spatial: the number of spatial axes if the operation fixes it (2 for Conv2d), else None. The number of spatial
+            axes of a model's image is taken from such operations.
+        takes_sizes: also ask the rule if only sizes among the arguments depend on the image, as for a class token that
+            is expanded to the size of the batch.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Example:
+        >>> import fxstream, torch
+        >>> from fxstream.ops import Local, Sliding, fit
+        >>> from fxstream.testing import check_op
+        >>> def difference(x):  # of each pixel and its left neighbour
+        ...     return x[..., 1:] - x[..., :-1]
+        >>> class Difference(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return difference(torch.nn.functional.pad(x, (1, 0)))
+        >>> @fxstream.register(Difference, spatial=2)
+        ... def difference_rule(m, x):
+        ...     windows = {3: Sliding(kernel=2, before=1)}
+        ...     return Local((x,), x.slid(windows), lambda block, span: difference(fit(block, [span])), windows)
+        >>> check_op(Difference(), (2, 3, 11, 12))
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), Difference())
+        >>> fxstream.convert(model, tile_shape=16)(torch.randn(1, 3, 40, 50)).shape
+        torch.Size([1, 8, 38, 48])
     """
 
     def declare(function: RuleFunction) -> RuleFunction:
@@ -175,18 +269,21 @@ def register(
 
 
 def rule_for(target: Target) -> Rule | None:
-    """The rule of a module class, a function or a tensor method.
+    """The rule of a module class, a function or a tensor method; None if it has none.
 
-    A class has the rule of the one that it extends, if it changes nothing that may run when it is called.
+    A class inherits the rule of its base class if it overrides nothing that runs in a call.
     """
-    for heir in target.__mro__ if isinstance(target, type) else [target]:
-        rule = _declared(heir)
-        if rule is not None or not isinstance(heir, type) or _behaves(heir):
+    if not isinstance(target, type):
+        return _declared(target)
+    for kind in target.__mro__:
+        rule = _declared(kind)
+        if rule is not None or _overrides_call(kind):
             return rule
     return None
 
 
 def _declared(target: Target) -> Rule | None:
+    """The rule that is registered for just this target or for its qualified name."""
     try:
         rule = _RULES.get(target)
     except TypeError:  # not hashable
@@ -197,12 +294,12 @@ def _declared(target: Target) -> Rule | None:
 
 
 def rule_for_module(module: nn.Module) -> Rule | None:
-    """The rule of a module: that of its class, unless it has methods of its own."""
+    """The rule of a module's class; None if it has none, or if the module replaces one of its methods."""
     return None if has_own_methods(module, type(module)) else rule_for(type(module))
 
 
 def has_own_methods(module: nn.Module, kind: type) -> bool:
-    """Whether methods of a class have been replaced on one of its instances."""
+    """Whether a module, an instance of `kind`, has an attribute that replaces a method of its class."""
     return any(callable(value) and callable(getattr(kind, name, None)) for name, value in vars(module).items())
 
 
@@ -213,15 +310,17 @@ _PASSIVE = set(
     state_dict load_state_dict _load_from_state_dict _save_to_state_dict
 """.split()
 )
+"""Methods that do not run during a call: a subclass may override them and still inherit a rule."""
 
 
-def _behaves(heir: type) -> bool:
-    """Whether a class changes what may run when it is called.
+def _overrides_call(kind: type) -> bool:
+    """Whether a class overrides anything that runs during a call.
 
-    That is so if it has descriptors of its own, or methods that are not new, but for those that do not run then.
+    That is a descriptor, or an inherited method that is not listed in `_PASSIVE`. A method under a new name does not
+    run, since the forward of the base class does not know it.
     """
-    inherited = heir.__mro__[1:]
-    for name, value in vars(heir).items():
+    inherited = kind.__mro__[1:]
+    for name, value in vars(kind).items():
         described = callable(value) or hasattr(type(value), "__get__")
         new = isinstance(value, FunctionType) and not any(name in vars(base) for base in inherited)
         if described and not new and name not in _PASSIVE:
@@ -230,12 +329,12 @@ def _behaves(heir: type) -> bool:
 
 
 def functions() -> tuple[Callable[..., Any], ...]:
-    """The registered functions that are written in Python: tracing must not go into them."""
+    """The registered functions that are written in Python. torch.fx must record their calls instead of tracing them."""
     found = (_named(target) if isinstance(target, str) else target for target in _RULES)
     return tuple(function for function in found if isinstance(function, FunctionType))
 
 
 def _named(target: str) -> Any:
-    """What a qualified name stands for, if its module has been imported."""
+    """The class or function with a qualified name; None if its module has not been imported."""
     module, _, name = target.rpartition(".")
     return getattr(sys.modules.get(module), name, None)

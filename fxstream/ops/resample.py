@@ -1,8 +1,9 @@
 """Resampling: every output row is a weighted sum of a few input rows, gathered along one axis after the other.
 
-`F.interpolate` cannot run on blocks: where an output row reads follows from the sizes of what it is given, in floating
-point. So the rows and weights of a whole axis are computed once, with torch's own arithmetic (ATen/native/UpSample.h),
-and each block takes its part of them. Only scale factors of a power of two, whose arithmetic is exact, run natively.
+`F.interpolate` cannot run on blocks: it computes in floating point, from the sizes of its input and output, which rows
+an output row reads. So the rows and weights of a whole axis are computed once, with torch's own arithmetic
+(ATen/native/UpSample.h), and each block takes its part of them. Only scale factors that are powers of two run natively,
+since the arithmetic with them is exact.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 from ..errors import InputError
 from ..geometry.axes import Dim, Extent, Size, Symbol, Value
 from ..geometry.window import Span, Table, Window
+from .arguments import as_tuple
 from .registry import Answer, Local, NotLocal, Unknown, register
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
@@ -30,39 +32,43 @@ _RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 
 @dataclass(frozen=True)
 class _Axis:
-    """Resampling along one axis, from `length` rows to `size`."""
+    """Resampling along one axis, from `length` rows to `size` rows."""
 
     mode: str
     length: int
     size: int
     scale: float | None
-    """The scale factor, where torch uses it instead of the ratio of the sizes."""
+    """The scale factor, if torch uses it instead of the ratio of the sizes."""
     align_corners: bool
 
     @property
     def factor(self) -> int | None:
-        """The factor by which it enlarges, if that is a power of two and all arithmetic with it is exact."""
+        """The integer factor of the enlargement, if it is a power of two, so that arithmetic with it is exact."""
         factor = self.size // self.length
         exact = factor * self.length == self.size and factor.bit_count() == 1 and self.scale in (None, factor)
         return factor if exact and not (self.align_corners and factor > 1) else None
 
 
 class _Like(NamedTuple):
-    """What torch's choice of arithmetic for nearest neighbours hangs on (ATen/native/cpu/UpSampleKernel.cpp)."""
+    """The properties of a block from which torch chooses its arithmetic for nearest neighbours.
+
+    Source: ATen/native/cpu/UpSampleKernel.cpp.
+    """
 
     dtype: torch.dtype
     device: torch.device
     channels: int = 1
-    """Their number where they lie next to each other in memory (channels_last), else 1."""
+    """The number of channels if the block is channels_last in memory, else 1."""
     others: tuple[int, ...] = ()
-    """Rows of the result along the other axes."""
+    """The sizes of the result along the other axes, in rows."""
 
     @staticmethod
     def of(block: torch.Tensor, others: tuple[int, ...]) -> _Like:
-        # Integers up to the size of any axis must be exact in it; what torch does with shorter types is the same.
+        # `_nearest` numbers the rows in this dtype, so it must hold all row numbers exactly. With shorter dtypes torch
+        # chooses the same rows as with float32.
         dtype = block.dtype if block.dtype.itemsize > 2 else torch.float32
         channels = block.size(1) if others and block.stride(1) == 1 else 1
-        # It does not matter by how much a result is larger than 128 rows.
+        # torch only asks whether a size is greater than 128, so all greater sizes share an entry of the cache.
         return _Like(dtype, block.device, channels, tuple(min(size, 129) for size in others))
 
 
@@ -95,7 +101,7 @@ def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
 
 
 def _source(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
-    """Where each output row lies among the input rows (area_pixel_compute_source_index)."""
+    """The position of each output row among the input rows, in rows (torch: area_pixel_compute_source_index)."""
     rows = torch.arange(axis.size, dtype=dtype, device="cpu")  # whatever the default device is
     if axis.size == axis.length:
         return rows
@@ -121,25 +127,29 @@ def _cubic(fraction: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def _window(axis: _Axis) -> Table:
-    """The rows that are read, whichever arithmetic their numbers are computed in."""
+    """The rows that each output row may read, in whichever dtype and memory format torch computes their numbers."""
     if _TAPS[axis.mode] == 1:
         cpu, precisions = torch.device("cpu"), (torch.float32, torch.float64)
-        # Images that are channels_last have kernels of their own.
+        # torch has separate kernels for channels_last.
         likes = [like for dtype in precisions for like in (_Like(dtype, cpu), _Like(dtype, cpu, 4, (1,)))]
         rows = torch.stack([_nearest(axis, like) for like in likes])
     else:
         rows = torch.cat([_weighted(axis, dtype)[0] for dtype in (torch.float32, torch.float64)])
-    # Rounding may put rows of weight 0 out of order.
+    # A window must never move back, but rounding may give an output row an earlier row of weight 0.
     first = rows.amin(0).flip(0).cummin(0).values.flip(0)
     end = rows.amax(0).cummax(0).values + 1
     return Table(axis.length, tuple(first.tolist()), tuple(end.tolist()))
 
 
 def _nominal(mode: str, scale: float | None) -> Table:
-    """The window at conversion, which says what a receptive field hangs on: bounds for every phase of the scale."""
+    """The window at conversion, when no size is known: only its stride, extent and `before`, for the receptive field.
+
+    They are bounds that hold for every output row. Without a constant scale factor there are none.
+    """
     if scale is None:
         return Table(0, (), ())
-    # Output row a lies at a * stride + offset. Fractional parts of that are multiples of 1 / phases, plus a shift.
+    # Output row a lies at a * stride + offset among the input rows. The fractional parts of these positions are
+    # multiples of 1 / phases, plus a constant shift.
     stride = 1 / Fraction(str(scale))
     offset = {"nearest": Fraction(0), "nearest-exact": stride / 2}.get(mode, (stride - 1) / 2)
     phases = stride.denominator
@@ -149,6 +159,7 @@ def _nominal(mode: str, scale: float | None) -> Table:
 
 
 def _natively(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    """torch's own interpolation of a block, by factors that are powers of two, cut to the output rows of the spans."""
     factors = [axis.factor or 1 for axis in axes]
     corners = {"align_corners": False} if _TAPS[axes[0].mode] > 1 else {}
     result = F.interpolate(block, scale_factor=[float(f) for f in factors], mode=axes[0].mode, **corners)
@@ -157,8 +168,8 @@ def _natively(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span])
     return result
 
 
-def _picked(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
-    """Nearest neighbours: rows of the input."""
+def _nearest_rows(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    """Interpolation by nearest neighbours: each output row is a copy of one input row."""
     dtype = _dtype_of_result(block, axes[0].mode)
     sizes = [axis.size for axis in axes]
     likes = [_Like.of(block, (*sizes[:index], *sizes[index + 1 :])) for index in range(len(axes))]
@@ -167,23 +178,24 @@ def _picked(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -
     return block.to(dtype)
 
 
-def _weighed(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
-    """Weighted sums of rows of the input."""
+def _weighted_sums(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
+    """Linear and cubic interpolation: each output row is a weighted sum of input rows, along one axis after another."""
     if not block.is_floating_point():
         raise InputError(f"interpolation in mode '{axes[0].mode}' streams floating-point values, not {block.dtype}")
     dtype = _dtype_of_result(block, axes[0].mode)
-    if block.dtype.itemsize < 4:  # torch, too, adds these up in float32
+    if block.dtype.itemsize < 4:  # torch also adds up half precision in float32
         block = block.float()
     with torch.autocast(block.device.type, enabled=False):
         for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
-            block = _weighed_along(block, dim, axis, span)
+            block = _weighted_sum_along(block, dim, axis, span)
     return block.to(dtype)
 
 
-def _weighed_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) -> torch.Tensor:
-    """Rows `[span.start, span.stop)` along one dimension.
+def _weighted_sum_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) -> torch.Tensor:
+    """The output rows `[span.start, span.stop)` along one dimension.
 
-    Row by row, although products with a matrix of weights are faster: its zeros would spread what is not finite.
+    A product with a matrix of weights would be faster, but wrong: its zeros would multiply infinities and NaN of rows
+    that the output row does not read.
     """
     rows, weights = (part[:, span.start : span.stop].to(block.device) for part in _weighted(axis, block.dtype))
     along = [-1 if index == dim else 1 for index in range(block.dim())]
@@ -194,7 +206,7 @@ def _weighed_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) -> to
 
 
 def _dtype_of_result(block: torch.Tensor, mode: str) -> torch.dtype:
-    """What autocast makes of it."""
+    """The dtype of the result: the block's, unless autocast changes it."""
     if not torch.is_autocast_enabled(block.device.type):
         return block.dtype
     return F.interpolate(block.new_zeros((1,) * block.dim()), size=(1,) * (block.dim() - 2), mode=mode).dtype
@@ -211,8 +223,8 @@ def interpolate(
     antialias: bool = False,
 ) -> Answer:
     axes = input.rank - 2
-    sizes, scales = _per_axis(size, axes), _per_axis(scale_factor, axes)
-    if problem := _problem(input, sizes, scales, mode, align_corners):
+    sizes, scales = as_tuple(size, axes), as_tuple(scale_factor, axes)
+    if problem := _arguments_problem(input, sizes, scales, mode, align_corners):
         return problem
     lengths = [input.size(dim) for dim in range(2, input.rank)]
     targets = [_target(*given) for given in zip(lengths, sizes, scales, strict=True)]
@@ -222,7 +234,8 @@ def interpolate(
         options = {"recompute_scale_factor": recompute_scale_factor, "antialias": antialias}
         return Local((input,), dims, partial(native, **options))
     if antialias or mode not in _TAPS:
-        return NotLocal(f"resamples with {'antialias=True' if antialias else f'mode={mode!r}'}", _WAY_OUT)
+        option = "antialias=True" if antialias else f"mode={mode!r}"
+        return NotLocal(f"resamples with {option}", _WAY_OUT)
     corners = bool(align_corners)
     if any(isinstance(number, Symbol) for number in (*lengths, *targets)):
         regular = [_constant_rate(scale, corners, recompute_scale_factor) for scale in scales]
@@ -233,16 +246,17 @@ def interpolate(
         _Axis(mode, length, target, scale, corners)
         for length, target, scale in zip(map(_integer, lengths), map(_integer, targets), scales, strict=True)
     ]
-    run = _natively if all(axis.factor for axis in plan) else _picked if _TAPS[mode] == 1 else _weighed
     windows = {dim: _window(axis) for dim, axis in enumerate(plan, start=2)}
+    if all(axis.factor for axis in plan):
+        run = _natively
+    elif _TAPS[mode] == 1:
+        run = _nearest_rows
+    else:
+        run = _weighted_sums
     return Local((input,), dims, lambda block, *spans: run(block, plan, spans), windows)
 
 
-def _per_axis(given: Any, axes: int) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, (tuple, list)) else (given,) * axes
-
-
-def _problem(
+def _arguments_problem(
     x: Value, sizes: tuple[Any, ...], scales: tuple[Any, ...], mode: str, align_corners: bool | None
 ) -> NotLocal | None:
     if any(isinstance(given, Unknown) for given in (*sizes, *scales)):
@@ -259,9 +273,10 @@ def _problem(
 
 
 def _target(length: Size, size: Any, scale: Any) -> Size:
-    """Rows of the result. Raises ValueError where there would be none."""
+    """The size of the result along an axis of `length` rows. Raises ValueError if it is not positive."""
     if size is None:
-        size = Symbol() if isinstance(scale, Symbol) or isinstance(length, Symbol) else math.floor(length * scale)
+        known = not isinstance(scale, Symbol) and not isinstance(length, Symbol)
+        size = math.floor(length * scale) if known else Symbol()
     if isinstance(size, int) and size < 1:
         raise ValueError(f"{length} rows resampled to {size}")
     return size  # type: ignore[no-any-return]  # an integer or a symbol, as the user gave it
@@ -273,14 +288,18 @@ def _integer(size: Size) -> int:
 
 
 def _resized(dim: Dim, size: Size) -> Dim:
-    """A dimension of that size; keeps the symbol, so that sizes taken from another value still compare equal."""
+    """The dimension with another size.
+
+    If the size is a symbol that the model has read off another value, the dimension gets the symbol of that value, so
+    that the two dimensions compare equal.
+    """
     if isinstance(size, Symbol) and size.original is not None:
         size = size.original
     return Dim(dim.tag, int(size) if isinstance(size, Extent) else size)
 
 
 def _constant_rate(scale: Any, align_corners: bool, recompute: bool | None) -> float | None:
-    """The scale factor, if the output advances by it whatever the size of the image."""
+    """The scale factor, if it is the rate at which output rows advance for images of every size; else None."""
     if scale is None or isinstance(scale, Symbol) or align_corners:
         return None
     return None if recompute and not float(scale).is_integer() else scale

@@ -1,4 +1,4 @@
-"""Operations that move, split and merge dimensions without computing anything, and sizes."""
+"""Operations that compute nothing: they read sizes, or reorder, split, merge, add and remove dimensions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..geometry.axes import Dim, Size, Symbol, Value, is_extent, is_extent_of, reshaped
-from ..geometry.axes import product as product_of
+from ..geometry.axes import Dim, Size, Symbol, Value, is_extent, is_extent_of, product, reshaped
+from .arguments import as_tuple, unpacked
 from .registry import Answer, Fact, Local, NotLocal, Unknown, register
 
 
@@ -19,7 +19,7 @@ def identity(m: Any, input: Value) -> Answer:
     return Local((input,), input.dims, lambda block: block, aliases=input)
 
 
-# Sizes that a model reads are those of the whole value.
+# Sizes and attributes. A size that the model reads is that of the whole value, not of a block.
 
 
 @register("size")
@@ -29,7 +29,7 @@ def size(input: Value, dim: int | None = None) -> Answer:
 
 @register(torch.numel, "numel", "nelement")
 def numel(input: Value) -> Answer:
-    return Fact(product_of(dim.size for dim in input.dims))
+    return Fact(product(dim.size for dim in input.dims))
 
 
 @register("dim", "ndimension")
@@ -39,10 +39,10 @@ def rank(input: Value) -> Answer:
 
 @register(getattr)
 def attribute(input: Any, name: str) -> Answer:
-    if isinstance(input, tuple):  # of an operation with several results
-        return (
-            Fact(getattr(input, name)) if hasattr(input, name) else NotLocal(f"reads the attribute {name} of results")
-        )
+    if isinstance(input, tuple):  # the results of an operation with several
+        if hasattr(input, name):
+            return Fact(getattr(input, name))
+        return NotLocal(f"reads the attribute {name} of several results")
     if name == "shape":
         return size(input)
     if name == "ndim":
@@ -59,7 +59,7 @@ def ordered_dict(items: Any) -> Answer:
     return Fact(OrderedDict(items))
 
 
-# Dimensions in another order.
+# Reordering dimensions.
 
 
 def _permuted(x: Value, order: Sequence[int]) -> Answer:
@@ -69,7 +69,7 @@ def _permuted(x: Value, order: Sequence[int]) -> Answer:
 
 @register(torch.permute, "permute")
 def permute(input: Value, *order: Any, dims: Any = None) -> Answer:
-    return _permuted(input, _sizes(order if dims is None else dims))
+    return _permuted(input, unpacked(order) if dims is None else tuple(dims))
 
 
 @register(torch.t, "t")
@@ -86,17 +86,14 @@ def transpose(input: Value, dim0: int, dim1: int) -> Answer:
 
 @register(torch.movedim, torch.moveaxis, "movedim", "moveaxis")
 def movedim(input: Value, source: Any, destination: Any) -> Answer:
-    sources, destinations = (
-        [input.dim(dim) for dim in (dims if isinstance(dims, (tuple, list)) else (dims,))]
-        for dims in (source, destination)
-    )
+    sources, destinations = ([input.dim(dim) for dim in as_tuple(dims)] for dims in (source, destination))
     order = [dim for dim in range(input.rank) if dim not in sources]
     for where, dim in sorted(zip(destinations, sources, strict=True)):
         order.insert(where, dim)
     return _permuted(input, order)
 
 
-# Dimensions split and merged.
+# Splitting, merging, adding and removing dimensions.
 
 
 def _reshape(x: Value, sizes: Sequence[Any]) -> Answer:
@@ -105,38 +102,39 @@ def _reshape(x: Value, sizes: Sequence[Any]) -> Answer:
     dims = reshaped(x.dims, sizes)
     if dims is None:
         return NotLocal(f"splits, merges or moves a streamed axis ({', '.join(x.tags())}) by reshaping")
-    # Of a streamed axis the block has its own extent, which is taken from the block.
-    shape = [dim.size if dim.tag is None else x.position(dim.tag) for dim in dims]
-    streamed = [dim.tag is not None for dim in dims]
+    # Along a streamed axis, the result has as many rows as the block.
+    positions = [None if dim.tag is None else x.position(dim.tag) for dim in dims]
 
     def run(block: torch.Tensor) -> torch.Tensor:
-        return block.reshape([block.size(n) if own else n for n, own in zip(shape, streamed, strict=True)])  # type: ignore[misc, arg-type]  # sizes are known at a call
+        shape: list[Any] = [
+            dim.size if position is None else block.size(position)
+            for dim, position in zip(dims, positions, strict=True)
+        ]
+        return block.reshape(shape)
 
     return Local((x,), tuple(dims), run, aliases=x)
 
 
-def _sizes(shape: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A shape given as several arguments or as one."""
-    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-
-
 @register(torch.reshape, "view", "reshape", takes_sizes=True)
 def view(input: Any, *sizes: Any, shape: Any = None, size: Any = None) -> Answer:
-    given = _sizes(sizes) if sizes else tuple(shape if size is None else size)
+    given = unpacked(sizes) if sizes else tuple(shape if size is None else size)
     if given and isinstance(given[0], torch.dtype):
         return NotLocal("reads the bits of a value as another type")
-    return _reshape(input, given) if isinstance(input, Value) else _of_constant(input, given, torch.reshape)
+    return _reshape(input, given) if isinstance(input, Value) else _constant_resized(input, given, torch.reshape)
 
 
-def _of_constant(tensor: Any, sizes: tuple[Any, ...], function: Callable[..., torch.Tensor]) -> Answer:
-    """A tensor that does not depend on the image, viewed in sizes that are read off values, but not streamed."""
+def _constant_resized(tensor: Any, sizes: tuple[Any, ...], function: Callable[..., torch.Tensor]) -> Answer:
+    """The answer for `function(tensor, sizes)` on a tensor that does not depend on the image.
+
+    Some sizes are read off values, none along a streamed axis: at a call the result is a tensor, and nothing streams.
+    """
     if not all(isinstance(size, (int, Symbol)) for size in sizes):
         return NotLocal("is given sizes that are not known before the call")
     if any(map(is_extent, sizes)):
         return NotLocal("gives a tensor the extent of a streamed axis")
     if isinstance(tensor, Unknown) or any(isinstance(size, Symbol) for size in sizes):
         return Fact(Unknown("a view"))
-    with torch.enable_grad():  # in the backward pass, too: its gradient is that of the tensor
+    with torch.enable_grad():  # rules run without gradients in the backward pass, but this result needs them
         return Fact(function(tensor, sizes))
 
 
@@ -152,7 +150,7 @@ def flatten(input: Value, start_dim: int = 0, end_dim: int = -1) -> Answer:
         return Local((input,), input.dims, lambda block: block, aliases=input)
     if tags := input.tags(range(start, end + 1)):
         return NotLocal(f"merges the streamed axis {' and '.join(tags)} into another dimension")
-    merged = Dim(None, product_of(dim.size for dim in input.dims[start : end + 1]))
+    merged = Dim(None, product(dim.size for dim in input.dims[start : end + 1]))
     dims = (*input.dims[:start], merged, *input.dims[end + 1 :])
     return Local((input,), dims, lambda block: block.flatten(start, end), aliases=input)
 
@@ -184,10 +182,10 @@ def unsqueeze(input: Value, dim: int) -> Answer:
 
 @register(torch.squeeze, "squeeze")
 def squeeze(input: Value, dim: Any = None) -> Answer:
-    given = range(input.rank) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    given = tuple(range(input.rank)) if dim is None else as_tuple(dim)
     chosen = [index for index in map(input.dim, given) if input.dims[index].size == 1 or dim is not None]
     if tags := input.tags(chosen if dim is not None else range(input.rank)):
-        return NotLocal(f"removes dimensions of size 1, of which the streamed axis {tags[0]} may be one")
+        return NotLocal(f"removes dimensions of size 1, and the streamed axis {tags[0]} may be one of them")
     if any(input.dims[index].known is None for index in given):
         return NotLocal("removes dimensions of size 1, whose sizes are not known before the call")
     removed = tuple(index for index in chosen if input.dims[index].size == 1)
@@ -197,12 +195,12 @@ def squeeze(input: Value, dim: Any = None) -> Answer:
 
 @register(torch.broadcast_to, "expand", "broadcast_to", takes_sizes=True)
 def expand(input: Any, *sizes: Any, size: Any = None) -> Answer:
-    given = _sizes(sizes) if sizes else tuple(size)
+    given = unpacked(sizes) if sizes else tuple(size)
     if isinstance(input, Value):
-        return _expanded(input, given)
+        return _expanded_value(input, given)
     if not any(map(is_extent, given)):
-        return _of_constant(input, given, torch.Tensor.expand)
-    return _token(input, given)
+        return _constant_resized(input, given, torch.Tensor.expand)
+    return _expanded_constant(input, given)
 
 
 @register("expand_as")
@@ -212,16 +210,18 @@ def expand_as(input: Any, other: Value) -> Answer:
 
 @register("repeat", takes_sizes=True)
 def repeat(input: Any, *repeats: Any) -> Answer:
-    counts = _sizes(repeats)
+    counts = unpacked(repeats)
     if isinstance(input, Value):
-        return _repeated(input, counts)
+        return _repeated_value(input, counts)
     extents = [is_extent(count) for count in counts]
     if any(extents) and all(extent or count == 1 for extent, count in zip(extents, counts, strict=True)):
-        return _token(input, [count if extent else -1 for extent, count in zip(extents, counts, strict=True)])
-    return _of_constant(input, counts, torch.Tensor.repeat)
+        return _expanded_constant(
+            input, [count if extent else -1 for extent, count in zip(extents, counts, strict=True)]
+        )
+    return _constant_resized(input, counts, torch.Tensor.repeat)
 
 
-def _repeated(x: Value, counts: Sequence[Any]) -> Answer:
+def _repeated_value(x: Value, counts: Sequence[Any]) -> Answer:
     new = len(counts) - x.rank
     if new < 0 or any(isinstance(count, Unknown) or is_extent(count) for count in counts):
         return NotLocal("is repeated in a way that its streaming rule does not cover")
@@ -229,11 +229,11 @@ def _repeated(x: Value, counts: Sequence[Any]) -> Answer:
     for dim, count in zip(x.dims, counts[new:], strict=True):
         if dim.tag is not None and count != 1:
             return NotLocal(f"repeats the streamed axis {dim.tag}")
-        dims.append(dim if count == 1 else Dim(None, product_of([dim.size, count])))
+        dims.append(dim if count == 1 else Dim(None, product([dim.size, count])))
     return Local((x,), tuple(dims), lambda block: block.tile(*counts))
 
 
-def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
+def _expanded_value(x: Value, sizes: Sequence[Size]) -> Answer:
     new = len(sizes) - x.rank
     dims = [Dim(None, size) for size in sizes[:new]]
     for dim, size in zip(x.dims, sizes[new:], strict=True):
@@ -246,8 +246,11 @@ def _expanded(x: Value, sizes: Sequence[Size]) -> Answer:
     return Local((x,), tuple(dims), lambda block: block.expand(kept), aliases=x)
 
 
-def _token(tensor: Any, sizes: Sequence[Any]) -> Answer:
-    """A tensor that does not depend on the image, expanded to a size that does: a class token for each image."""
+def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer:
+    """The answer for a tensor that does not depend on the image and is expanded to the extents of streamed axes.
+
+    Example: the class token of a vision transformer, expanded to the size of the batch.
+    """
     extents = {index: size for index, size in enumerate(sizes) if is_extent(size)}
     if not extents or any(isinstance(size, Unknown) for size in sizes):
         return NotLocal("expands a tensor to a size that is not the extent of a streamed axis")

@@ -1,4 +1,4 @@
-"""Shuffling: channels to pixels and back, channels among themselves."""
+"""Pixel shuffling, which moves channels to pixels or pixels to channels, and channel shuffling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Windows of a value side by side: along one axis, where they stream, or of whole images of a batch."""
+"""Unfolding, which lays windows of a value out along a new dimension, and folding, which adds them up again.
+
+`Tensor.unfold` streams along every axis. `F.unfold` and `F.fold` stream only along the batch.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Dim, Symbol, Value
-from ..geometry.window import IDENTITY, Sliding, Span, Window
+from ..geometry.window import Sliding, Span
+from .arguments import per_axis
 from .border import fit
-from .conv import per_axis
 from .registry import Answer, Local, NotLocal, register
 
 
@@ -22,12 +25,10 @@ def unfold_dimension(input: Value, dimension: int, size: int, step: int) -> Answ
     dim = input.dim(dimension)
     if type(size) is not int or type(step) is not int:
         return NotLocal("cuts out windows by numbers that are not known before the call")
-    # `fit` takes one span for each of the last dimensions.
-    windows: dict[int, Window] = dict.fromkeys(range(dim, input.rank), IDENTITY)
-    windows[dim] = Sliding(kernel=size, stride=step)
+    windows = {dim: Sliding(kernel=size, stride=step)}
 
     def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
-        return fit(block, spans).unfold(dim, size, step)
+        return fit(block, spans, dims=[dim]).unfold(dim, size, step)
 
     return Local((input,), (*input.slid(windows), Dim(None, size)), run, windows, aliases=input)
 

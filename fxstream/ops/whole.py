@@ -1,4 +1,7 @@
-"""Operations over the whole image: they end the streamed part, unless the axes that they span are not streamed."""
+"""Adaptive pooling, whose windows follow from the size of the image.
+
+Along streamed axes it ends the streamed part. If the result has size 1, it is accumulated tile by tile.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Symbol, Value
+from .arguments import as_tuple
 from .registry import Answer, Local, NotLocal, Total, register
 from .totals import First, Sum
 
@@ -19,10 +23,10 @@ def _register_adaptive(axes: int, kind: str) -> None:
 
     @register(function)
     def function_rule(input: Value, output_size: Any, return_indices: bool = False) -> Answer:
-        sizes = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,) * axes
+        sizes = as_tuple(output_size, axes)
         if len(sizes) != axes or input.rank <= axes or any(not isinstance(s, (int, Symbol, NoneType)) for s in sizes):
-            return NotLocal("pools to a size that its rule does not cover")
-        # None keeps the size along an axis.
+            return NotLocal("pools to a size that its streaming rule does not cover")
+        # An output size of None keeps the size along that axis.
         pooled = {input.rank - axes + axis: size for axis, size in enumerate(sizes) if size is not None}
         if tags := input.tags(pooled):
             problem = NotLocal(f"pools over the whole image along {' and '.join(tags)}")
