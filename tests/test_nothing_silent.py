@@ -283,3 +283,61 @@ def test_two_noise_operands_are_two_draws(monkeypatch: pytest.MonkeyPatch, share
     assert found.mean().item() == pytest.approx(0.5, abs=0.05)
     if shared:
         assert torch.equal(found, found[:, :, :1, :1].expand(sizes))
+
+
+# Augmented assignment: a number is not overwritten, a tensor is.
+
+
+def _divisible(value: Any, divisor: int) -> Any:
+    value += divisor - 1
+    return value // divisor * divisor
+
+
+class Sizes(nn.Module):
+    def __init__(self, body: Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.body = body
+
+    def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+        return self.body(self.conv(x), scale, x)
+
+
+def _rows_later(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    rows = x.size(2)
+    more = rows
+    more += 5
+    return y.mean((2, 3)) * rows + more
+
+
+def _rounded(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    rows = x.size(2)
+    return y.mean((2, 3)) * _divisible(rows, 8) * rows
+
+
+def _argument(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    more = scale
+    more *= 3
+    return y.relu() * scale + more
+
+
+def _shape(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    sizes = y.shape[:2]
+    both = sizes
+    both += y.shape[2:]
+    return y.view(both) * sizes[1]
+
+
+def _value(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    z = y
+    z += 1
+    z *= scale
+    return y * 2 + z
+
+
+@pytest.mark.parametrize("body", [_rows_later, _rounded, _argument, _shape, _value])
+def test_augmented_assignment(body: Any) -> None:
+    plain = Sizes(body).double()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    compare(plain, converted, image())
+    compare(plain, pickle.loads(pickle.dumps(converted)), image())

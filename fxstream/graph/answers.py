@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ImageTooSmallError
 from ..geometry.axes import Symbol, Value
-from ..ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown
+from ..ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, inplace
 from .nodes import label, leaves, operation, rule_of
 
 
@@ -82,7 +82,8 @@ def answer(
 def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any]) -> Answer:
     """The answer for arithmetic with sizes that a model has read off values; they are those of the whole values."""
     known = (
-        getattr(node.target, "__module__", None) in ("_operator", "builtins", "math") or node.target is torch._assert
+        getattr(node.target, "__module__", None) in ("_operator", "builtins", "math", inplace.__name__)
+        or node.target is torch._assert
     )
     if node.op != "call_function" or not known or any(isinstance(leaf, torch.Tensor) for leaf in found):
         return NotLocal(
@@ -90,6 +91,7 @@ def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], foun
         )
     of_shapes = any(isinstance(arg, tuple) for arg in args) and node.target in (
         operator.add,
+        inplace.FUNCTIONS["iadd"],
         operator.mul,
         tuple,
         list,

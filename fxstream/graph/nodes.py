@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..ops import Rule, rule_for, rule_for_module
+from ..ops import Rule, inplace, rule_for, rule_for_module
 
-INPLACE_OPERATORS = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
-"""The functions of `operator` that overwrite their first argument, if that is a tensor."""
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
-_ASSIGNING = {getattr(operator, name) for name in INPLACE_OPERATORS} | {operator.setitem}
+_ASSIGNING = {*inplace.FUNCTIONS.values(), *(getattr(operator, name) for name in inplace.NAMES), operator.setitem}
 
 
 def label(node: fx.Node) -> str:
@@ -36,6 +34,8 @@ def operation(node: fx.Node, module: nn.Module | None) -> str:
     if node.op == "call_method":
         return f".{node.target}()"
     name = getattr(node.target, "__name__", str(node.target))
+    if node.target in inplace.FUNCTIONS.values():
+        return f"operator.{name}"
     return f"{(getattr(node.target, '__module__', None) or 'torch').lstrip('_')}.{name}"
 
 

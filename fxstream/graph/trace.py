@@ -28,10 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TraceError
-from ..ops import NotLocal, functions, has_own_methods, rule_for
+from ..ops import NotLocal, functions, has_own_methods, inplace, rule_for
 from .attributes import Held, held
 from .hooks import computed_weights, has_hooks
-from .nodes import INPLACE_OPERATORS
 from .snapshot import RandomState, Snapshot
 
 
@@ -87,11 +86,11 @@ class _Proxy(Proxy):
 
 
 def _inplace(name: str) -> Callable[[_Proxy, Any], Proxy]:
-    function = getattr(operator, name)
+    function = inplace.FUNCTIONS[name]
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
-for _name in INPLACE_OPERATORS:
+for _name in inplace.NAMES:
     setattr(_Proxy, f"__{_name}__", _inplace(_name))
 
 

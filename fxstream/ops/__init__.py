@@ -11,6 +11,7 @@ from . import (
     conv,
     dropout,
     index,
+    inplace,
     norm,
     pad,
     pointwise,
@@ -64,5 +65,17 @@ __all__ = [
     "Unknown",
 ]
 __all__ += ["Value", "Window", "fit", "functions", "has_own_methods", "register", "rule_for", "rule_for_module"]
-__all__ += ["attention", "channels", "conv", "dropout", "index", "norm", "pad", "pointwise", "pool", "products"]
+__all__ += [
+    "attention",
+    "channels",
+    "conv",
+    "dropout",
+    "index",
+    "inplace",
+    "norm",
+    "pad",
+    "pointwise",
+    "pool",
+    "products",
+]
 __all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Dim, Symbol, Value, broadcast
+from . import inplace
 from .registry import Local, NotLocal, Sliced, Unknown, register
 
 
@@ -209,6 +210,7 @@ for _name in _NAMES:
 for _name in "add sub mul truediv floordiv mod pow".split():
     _register(getattr(operator, _name), getattr(operator, _name))
     _register(getattr(operator, _name), getattr(operator, f"i{_name}"), mutates=True)
+    _register(getattr(operator, _name), inplace.FUNCTIONS[f"i{_name}"], mutates=True)
 for _name in "neg abs".split():
     _register(getattr(operator, _name), getattr(operator, _name))
 
