@@ -115,12 +115,12 @@ def convert(
 
 
 def _check_names(model: nn.Module) -> None:
-    taken = set(dir(fx.GraphModule)) - set(dir(nn.Module))
-    own = {*model._modules, *model._parameters, *model._buffers}
+    taken = set(dir(Converted)) - set(dir(nn.Module))
+    own = {*model._modules, *model._parameters, *model._buffers, *vars(model)} - set(vars(nn.Module()))
     if clash := sorted(own & taken):
         raise StreamingError(
-            f"the model has a module or parameter '{clash[0]}', a name that torch.fx.GraphModule uses itself. "
-            "Way out: rename it"
+            f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "
+            "itself. Way out: rename it"
         )
 
 

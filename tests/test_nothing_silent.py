@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -341,3 +342,142 @@ def test_augmented_assignment(body: Any) -> None:
     converted = fxstream.convert(copy.deepcopy(plain), 8)
     compare(plain, converted, image())
     compare(plain, pickle.loads(pickle.dumps(converted)), image())
+
+
+# What a forward asks of its values.
+
+
+def _if_tensor(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return y * 2 if isinstance(y, torch.Tensor) and torch.is_tensor(y) else y
+
+
+def _if_sizes(m: Any, y: torch.Tensor) -> torch.Tensor:
+    shape, rows = y.shape, y.shape[2]
+    kinds = isinstance(shape, tuple), isinstance(shape, torch.Size), isinstance(rows, int), isinstance(rows, tuple)
+    return y * (5 if kinds == (True, True, True, False) else 7)
+
+
+def _transposed_in_place(m: Any, y: torch.Tensor) -> torch.Tensor:
+    z = y * 1
+    turned = z.mT
+    turned += 1
+    return z
+
+
+@pytest.mark.parametrize("body", [_if_tensor, _if_sizes])
+@pytest.mark.parametrize("around", [nn.Identity, Around], ids=["the root", "a submodule"])
+def test_what_a_value_is(body: Any, around: Any) -> None:
+    model = Trunk(body)
+    assert_exact(model if around is nn.Identity else Around(model), IMAGE, 8, whole=True)
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_an_attribute_that_is_a_view_is_overwritten_in_place() -> None:
+    plain = Trunk(_transposed_in_place).double()
+    compare(plain, fxstream.convert(copy.deepcopy(plain), 8), image())
+
+
+def _looked_up(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return y * (3 if y.shape[1] in {4: 1} else 5)
+
+
+def _of_optional(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
+    return y if isinstance(scale, float) else y * 2
+
+
+def test_what_is_not_known_while_tracing_is_refused() -> None:
+    with pytest.raises(
+        fxstream.TraceError, match=r"looks up getitem.*, which is known only at a call, in a dict or set"
+    ):
+        fxstream.convert(Trunk(_looked_up), 8)
+    with pytest.raises(fxstream.TraceError, match="asks for the type of scale, which is not known"):
+        fxstream.convert(Sizes(_of_optional), 8)
+
+
+# Names and classes.
+
+
+class NamedAlike(Trunk):
+    def __init__(self, name: str, value: Any):
+        super().__init__(lambda m, y: getattr(m, name)(y))
+        setattr(self, name, value)
+
+
+@pytest.mark.parametrize("name", ["meta", "settings", "names", "axes"])
+def test_a_submodule_may_have_a_name_that_fx_uses_for_data(name: str) -> None:
+    model = NamedAlike(name, nn.Conv2d(4, 4, 1))
+    converted = assert_exact(model, IMAGE, 8, whole=True)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(fxstream.convert(Trunk(unless_nan, meta=nn.ReLU(), fill=1.0), 8))))
+    assert type(converted.get_submodule(name)) is nn.Conv2d
+    assert type(copied.meta) is nn.ReLU
+
+
+@pytest.mark.parametrize("name", ["tile_shape", "memory_budget", "graph", "recompile"])
+@pytest.mark.parametrize("value", [nn.ReLU(), 3], ids=["a module", "a number"])
+def test_a_name_that_the_converted_model_needs_is_refused(name: str, value: Any) -> None:
+    model = Trunk(lambda m, y: y)
+    model.__dict__[name] = value
+    if isinstance(value, nn.Module):
+        del model.__dict__[name]
+        model.add_module(name, value)
+    with pytest.raises(fxstream.StreamingError, match=f"attribute '{name}', a name that the converted model"):
+        fxstream.convert(model, 8)
+
+
+class Registered(nn.Module):
+    """A base class that must be told a key by whoever extends it."""
+
+    def __init_subclass__(cls, *, key: str, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        KEYS.append(key)
+
+
+KEYS: list[str] = []
+
+
+class ByKey(Registered, key="by key"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).relu()
+
+
+def test_a_base_class_is_not_told_of_classes_that_tracing_makes() -> None:
+    assert_exact(nn.Sequential(ByKey(), nn.Conv2d(4, 2, 1)), IMAGE, 8, whole=True)
+    assert KEYS == ["by key"]
+
+
+class Sealed(type):
+    """A metaclass that does not let its classes be extended."""
+
+    def __new__(cls, name: str, bases: Any, namespace: Any) -> Any:
+        if name == "Final" and "forward" not in namespace:
+            raise TypeError("Final is final")
+        return super().__new__(cls, name, bases, namespace)
+
+
+class Final(nn.Module, metaclass=Sealed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+
+def test_a_module_whose_class_cannot_be_extended_stays_one_call() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Final()).double()
+    converted = fxstream.convert(copy.deepcopy(model), 8)
+    assert head(converted) == ["_1"]
+    compare(model, converted, image())
+    with pytest.raises(fxstream.TraceError, match="Final is final"):
+        fxstream.convert(model[1], 8)
+    assert [type(module) for module in model] == [nn.Conv2d, Final]
+
+
+def test_models_are_converted_in_several_threads() -> None:
+    models = [WithClassAttributes(lambda m, y: y).double() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        converted = list(pool.map(lambda model: fxstream.convert(model, 8), models))
+    x = image()
+    for model, streamed in zip(models, converted, strict=True):
+        assert type(model) is WithClassAttributes
+        torch.testing.assert_close(streamed(x), model(x), rtol=1e-12, atol=0)

@@ -11,7 +11,7 @@ Three things differ from `torch.fx.symbolic_trace`.
 
 from __future__ import annotations
 
-import operator
+import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +28,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TraceError
-from ..ops import NotLocal, functions, has_own_methods, inplace, rule_for
+from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .attributes import Held, held
 from .hooks import computed_weights, has_hooks
+from .proxy import Kind, RecordingProxy, UnrecordedError, answered_isinstance, kind_of
 from .snapshot import RandomState, Snapshot
 
 
@@ -70,30 +71,6 @@ class Trace:
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
 
-class _Proxy(Proxy):
-    """A proxy that records in-place operators, which Python would otherwise turn into `x = x + y`.
-
-    It refuses the assignment of attributes, such as `x.data = ...`, which would change only the proxy.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise _UnrecordedError(f"it assigns the attribute '{name}' of a tensor, which fx does not record")
-        super().__setattr__(name, value)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _inplace(name: str) -> Callable[[_Proxy, Any], Proxy]:
-    function = inplace.FUNCTIONS[name]
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _name in inplace.NAMES:
-    setattr(_Proxy, f"__{_name}__", _inplace(_name))
-
-
 _CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
 """The methods by which torch's batch norms check their input."""
 
@@ -113,11 +90,12 @@ class _Tracer(fx.Tracer):
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
         self.flags: dict[fx.Node, tuple[str, bool]] = {}
+        self.kinds: dict[fx.Node, Kind | None] = {}
         self.region = _region()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _region() != self.region:
-            raise _UnrecordedError(
+            raise UnrecordedError(
                 "it computes inside torch.no_grad, torch.autocast or the like, which fx does not record"
             )
         return super().create_node(*args, **kwargs)
@@ -129,7 +107,16 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Proxy(node, self)
+        return RecordingProxy(self, node)
+
+    def kind(self, node: fx.Node) -> Kind | None:
+        """What the value of a node is, as far as that is known."""
+        if node not in self.kinds:
+            self.kinds[node] = kind_of(node, self._called)
+        return self.kinds[node]
+
+    def _called(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks(m) or module_qualified_name in self.opaque:
@@ -166,7 +153,7 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
-        with self._watched_flags(root), self._watched_functions():
+        with self._watched_flags(root), self._watched_functions(), answered_isinstance():
             return super().trace(root, concrete_args)
 
     @contextmanager
@@ -176,7 +163,7 @@ class _Tracer(fx.Tracer):
 
         def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-                raise _UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
+                raise UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
             return apply.__get__(None, kind)(*args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(refusing)
@@ -188,16 +175,24 @@ class _Tracer(fx.Tracer):
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
         """While tracing, `module.training` gives a proxy, in every module that is traced through."""
-        for path, module in root.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            self.classes[module] = type(module)
-            module.__class__ = self._watched(type(module), path)
         try:
+            for path, module in root.named_modules():
+                if not isinstance(module, torch.jit.ScriptModule) and path not in self.opaque:
+                    self._watch(module, path)
             yield
         finally:
             for module, original in self.classes.items():
                 module.__class__ = original
+
+    def _watch(self, module: nn.Module, path: str) -> None:
+        try:
+            watched = self._watched(type(module), path)
+            self.classes[module] = type(module)
+            module.__class__ = watched
+        except TypeError:  # its class cannot be extended
+            self.classes.pop(module, None)
+            self.failed_in = path or None
+            raise
 
     def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
         def training(module: nn.Module) -> Any:
@@ -226,10 +221,21 @@ class _Tracer(fx.Tracer):
         names["__getattribute__"] = attribute
         if getattr(original, "_check_input_dim", None) in _CHECKS:
             names["_check_input_dim"] = lambda module, input: None  # it branches on the number of dimensions
-        return type(original.__name__, (original,), names)
+        kind: Any = type(original)
+        watched: type[nn.Module] = kind(original.__name__, (_Unannounced, original), names)
+        return watched
+
+
+class _Unannounced:
+    """A base class in front of another, which is then not told that it has been extended."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
 
 
 _OF_MODULES = set(vars(nn.Module()))
+_LOCK = threading.RLock()
+"""Tracing replaces classes of modules and functions of torch, which two threads must not do at a time."""
 
 
 def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
@@ -238,13 +244,18 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
     Modules of which `opaque` says why they are not local stay one call. With `freeze_batchnorm`, batch norms of the
     user's own are traced as if they were in eval mode.
     """
-    opaque = dict(opaque)
+    with _LOCK:
+        return _trace(model, dict(opaque), freeze_batchnorm)
+
+
+def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool) -> Trace:
+    """See `trace`. Adds to `opaque` the modules that cannot be traced through."""
     while True:
         snapshot, drawn = Snapshot(model), RandomState()
         tracer = _Tracer(snapshot, opaque, freeze_batchnorm)
         try:
             if "forward" in vars(model):
-                raise _UnrecordedError("its forward has been replaced on the instance, which fx does not see")
+                raise UnrecordedError("its forward has been replaced on the instance, which fx does not see")
             graph = tracer.trace(model)
             constants = {
                 name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
@@ -267,10 +278,6 @@ def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bo
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
 
 
-class _UnrecordedError(Exception):
-    """A forward does something that a graph does not record."""
-
-
 def _region() -> tuple[Any, ...]:
     """The state that `with` blocks change, which a graph does not record."""
     autocast = ((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda"))
@@ -279,12 +286,12 @@ def _region() -> tuple[Any, ...]:
 
 def _check_unchanged(snapshot: Snapshot, *modules: nn.Module) -> None:
     if changed := snapshot.changed(*modules):
-        raise _UnrecordedError(f"its forward assigns attributes ({', '.join(changed)}), which fx does not record")
+        raise UnrecordedError(f"its forward assigns attributes ({', '.join(changed)}), which fx does not record")
 
 
 def _check_nothing_drawn(before: RandomState) -> None:
     if before.has_changed():
-        raise _UnrecordedError("it draws random numbers while it is traced, which fx does not record")
+        raise UnrecordedError("it draws random numbers while it is traced, which fx does not record")
 
 
 def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:

@@ -28,6 +28,8 @@ class Converted(fx.GraphModule):
     ):
         super().__init__({}, fx.Graph(), type(model).__name__)
         mirror_registries(self, model, {id(model): self})
+        # `meta` is an attribute of a GraphModule that nobody needs, and the name of many a model's submodule.
+        vars(self).pop("meta", None)
         # Whatever else the user has put on the model; its forward may read it.
         vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
         vars(self).update(constants)
