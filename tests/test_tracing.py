@@ -296,7 +296,7 @@ def test_a_parameter_reshaped_by_sizes_with_the_extent_of_the_image() -> None:
 def test_names_that_a_graph_module_has_taken(name: str) -> None:
     model = nn.Sequential(conv(), nn.ReLU())
     model.add_module(name, nn.ReLU())
-    with pytest.raises(fxstream.StreamingError, match=f"module or parameter '{name}'.*rename it"):
+    with pytest.raises(fxstream.StreamingError, match=f"attribute '{name}'.*rename it"):
         fxstream.convert(model, 4)
 
 
