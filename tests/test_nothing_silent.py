@@ -481,3 +481,32 @@ def test_models_are_converted_in_several_threads() -> None:
     for model, streamed in zip(models, converted, strict=True):
         assert type(model) is WithClassAttributes
         torch.testing.assert_close(streamed(x), model(x), rtol=1e-12, atol=0)
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain.exp()
+
+
+def test_a_rule_that_computes_with_a_parameter_in_its_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @fxstream.register(Gain)
+    def gain(m: Gain, x: Value) -> Local:
+        factor = m.gain.exp()
+        return Local((x,), x.dims, lambda block: block * factor)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Gain())
+    with pytest.raises(fxstream.StreamingError, match=r"rule of 1 \(Gain\) computes with a tensor itself \(exp\)"):
+        fxstream.convert(model, 8)
+
+    @fxstream.register(Gain)
+    def better(m: Gain, x: Value) -> Local:
+        factor = m.gain
+        return Local((x,), x.dims, lambda block: block * factor.exp())
+
+    assert_exact(model, IMAGE, 8, whole=True)

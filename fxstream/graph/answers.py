@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ImageTooSmallError
 from ..geometry.axes import Symbol, Value
@@ -42,6 +43,23 @@ class Borrowed:
         """Call the module itself with the tensors among the other attributes."""
         tensors = {path: value for path, value in self._attributes.items() if isinstance(value, torch.Tensor)}
         return torch.func.functional_call(self._module, tensors, args, kwargs)
+
+
+class Watching(TorchFunctionMode):
+    """Sees whether a rule computes with tensors in its body. In the backward pass, the gradient would be lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: list[str] = []
+        """The names of the functions that have made a new tensor of others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+        if given and isinstance(result, torch.Tensor) and result.is_floating_point():
+            made = not result._is_view() and all(result is not tensor for tensor in given)
+            self.computed += [getattr(func, "__name__", str(func))] if made else []
+        return result
 
 
 def answer(
