@@ -1,4 +1,4 @@
-"""A converted model in an ordinary training loop: module tree, optimisers, hooks, backward twice, copies, files."""
+"""A converted model in place of the plain one: module tree, optimisers, averages, copies, files, tile shapes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from reference import Shapes, assert_close, gradients, pair
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxstream
-from fxstream.testing import compare, relative_error
+from fxstream.testing import compare
 
 
 class Net(nn.Module):
@@ -62,8 +62,7 @@ OPTIMISERS: list[Callable[[Any], torch.optim.Optimizer]] = [
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS, ids=["sgd", "adamw"])
 def test_training_ends_with_the_same_parameters(optimiser: Callable[[Any], torch.optim.Optimizer]) -> None:
-    plain = Net().double().eval()
-    converted = fxstream.convert(copy.deepcopy(plain), 16)
+    plain, converted = pair(Net().double().eval(), 16)
     before = copy.deepcopy(plain.state_dict())
     expected = train(plain, optimiser(plain.parameters()), 6)
     assert train(converted, optimiser(converted.parameters()), 6) == pytest.approx(expected, abs=1e-9)
@@ -151,8 +150,7 @@ def test_state_dicts_go_both_ways_through_a_file(weights_only: bool) -> None:
 
 
 def test_averaged_models_follow_as_those_of_the_plain_model_do() -> None:
-    plain = Net().double().eval()
-    converted = fxstream.convert(copy.deepcopy(plain), 16)
+    plain, converted = pair(Net().double().eval(), 16)
     image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
     outputs = []
     for model in (plain, converted):
@@ -186,38 +184,24 @@ def test_the_tile_shape_can_be_changed(tile_shape: Any, duplicate: Callable[[Any
     converted = duplicate(converted)
     assert converted.tile_shape == expected.tile_shape
     image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
-    shapes: list[torch.Size] = []
+    shapes = []
     for net in (converted, expected):
-        with Sizes(shapes):
+        with Shapes(torch.ops.aten.convolution) as convolved:
             net(image)
-    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :], "other tiles"
+        shapes.append(convolved.shapes)
+    assert shapes[0] == shapes[1], "other tiles"
     compare(model, converted, image)
 
 
-class Sizes(TorchDispatchMode):
-    """Notes what convolutions are given."""
-
-    def __init__(self, shapes: list[torch.Size]) -> None:
-        super().__init__()
-        self.shapes = shapes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.convolution:
-            self.shapes.append(args[0].shape)
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_tile_shape_may_change_between_forward_and_backward() -> None:
-    model = Net().double().eval()
-    converted = fxstream.convert(copy.deepcopy(model), 16)
+    model, converted = pair(Net().double().eval(), 16)
     image = torch.randn(1, 3, 33, 29, dtype=torch.float64)
     for net in (model, converted):
         loss = net(image).square().sum()
         if net is converted:
             converted.tile_shape = 5
         loss.backward()
-    for one, other in zip(converted.parameters(), model.parameters(), strict=True):
-        assert relative_error(one.grad, other.grad) < 1e-10
+    assert_close(gradients(converted), gradients(model))
 
 
 @pytest.mark.parametrize("tile_shape", [0, (8,), "8", None])
