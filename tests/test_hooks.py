@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from reference import assert_close, counts, gradients, pair, randomise
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -221,3 +222,30 @@ def test_a_hook_on_a_part_of_a_streamed_module() -> None:
     assert head(converted) == ["_1"]
     converted(image)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("path", ["layer3.0.conv1", "layer3.0", "layer3"])
+def test_a_hook_at_conversion_ends_the_prefix_and_still_runs(path: str) -> None:
+    model = torchvision.models.resnet18().eval()
+    seen: list[torch.Size] = []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with pytest.warns(fxstream.StreamingWarning, match=rf"{path} has a hook"):
+        converted = fxstream.convert(model, 64)
+    image = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(converted(image), model(image))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_forward_hooks_of_the_root_run_once_per_call() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    fxstream.convert(model, 4)(torch.randn(1, 3, 20, 20))
+    assert seen == [1]
+
+
+def test_a_full_backward_hook_of_the_root_runs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3)).double()
+    model.register_full_backward_hook(lambda module, inner, outer: (inner[0] * 3,))
+    compare(model, fxstream.convert(model, 8), torch.randn(IMAGE))
