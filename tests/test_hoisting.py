@@ -118,7 +118,7 @@ WEIGHTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "orthogonal by exponential": (lambda: orthogonal("matrix_exp"), ["linalg_matrix_exp"]),
     "orthogonal by Cayley": (lambda: orthogonal("cayley"), ["_linalg_solve_ex"]),
     "orthogonal by Householder": (lambda: orthogonal("householder"), ["linalg_householder_product"]),
-    # In training mode it also overwrites its vectors, once a forward.
+    # In training mode it also overwrites its vectors, once per forward.
     "spectral norm": (lambda: convolutions(parametrizations.spectral_norm), ["mv", "linalg_vector_norm"]),
     "spectral norm in eval mode": (lambda: convolutions(parametrizations.spectral_norm).eval(), ["mv"]),
     "own parametrization": (lambda: convolutions(mirrored), ["flip"]),
