@@ -208,7 +208,7 @@ def test_a_module_used_in_two_places(norm: Callable[[nn.Module], nn.Module]) -> 
 
 
 def test_a_hook_on_a_part_of_a_streamed_module() -> None:
-    """The parts of an attention layer are not called one by one, so their hooks would run once per tile or not at all."""
+    """The parts of an attention layer are not called one by one, so hooks of theirs would run per tile or never."""
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)).eval()
     image = torch.randn(6, 5, 8)
     converted = fxstream.convert(model, (2, None, None), example_input=image)
