@@ -299,7 +299,7 @@ def _buffer_counted_up(m: Any, x: torch.Tensor) -> Any:
 def test_a_forward_that_assigns_a_buffer_is_refused_and_the_buffer_is_what_it_was(body: Any) -> None:
     model = Body(body, a=conv(), buffer=nn.Buffer(torch.linspace(1, 2, 3)[:, None, None]))
     before, attributes = copy.deepcopy(model.state_dict()), set(vars(model))
-    with pytest.raises(fxstream.TraceError, match=r"its forward assigns attributes \(_buffers\)"):
+    with pytest.raises(fxstream.TraceError, match="its forward assigns attributes"):
         fxstream.convert(model, 4)
     assert type(model.buffer) is torch.Tensor
     assert set(vars(model)) == attributes
