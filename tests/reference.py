@@ -1,16 +1,21 @@
-"""What every test of exactness relies on: a converted model against the plain one, in float64."""
+"""Helpers that several test files share.
+
+Models to convert, the comparison of a converted model with the plain one, and counting of operations and memory.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
 from fxstream.geometry.axes import axis_names
@@ -18,7 +23,65 @@ from fxstream.graph.findings import Finding
 from fxstream.graph.prefix import find_prefix, image_node
 from fxstream.graph.trace import trace
 from fxstream.model.streamed import Streamed
-from fxstream.testing import compare, head
+from fxstream.testing import compare, head, relative_error
+
+# Models and images.
+
+
+class Body(nn.Module):
+    """A network whose forward is a function of the network itself and the image.
+
+    `parts` are set as attributes: modules, parameters, buffers (`nn.Buffer`) or plain values.
+    """
+
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any], **parts: Any) -> None:
+        super().__init__()
+        self.body = body
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self, x)
+
+
+def pair(model: nn.Module, tile_shape: Any, **convert_kwargs: Any) -> tuple[nn.Module, Any]:
+    """The model, and a converted copy of it that has parameters and buffers of its own."""
+    return model, fxstream.convert(copy.deepcopy(model), tile_shape, **convert_kwargs)
+
+
+def image(height: int = 26, width: int = 21, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    """Random images of three channels in float64; the same ones at every call with the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, height, width, dtype=torch.double, generator=generator)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and every running statistic a value that matters, of about the initial scale."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+                shape = module.running_mean.shape
+                module.running_mean.copy_(torch.randn(shape, generator=generator))
+                module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+    return model
+
+
+class Replayed(nn.Module):
+    """Takes the place of a dropout: scales by given factors, which are 0 where one has dropped; another set a call."""
+
+    def __init__(self, factors: Sequence[torch.Tensor]):
+        super().__init__()
+        self.factors = iter(factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.factors)
+
+
+# The converted model against the plain one.
 
 
 def assert_exact(
@@ -96,19 +159,26 @@ def freeze_batchnorms(model: nn.Module, converted: fx.GraphModule) -> None:
             module.train(module.training and not isinstance(module, _BatchNorm))
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and every running statistic a value that matters, of about the initial scale."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 1.0 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-                shape = module.running_mean.shape
-                module.running_mean.copy_(torch.randn(shape, generator=generator))
-                module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
-    return model
+def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The accumulated gradient of every parameter, by name; these are the tensors themselves and not copies."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_close(
+    got: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor | None], tolerance: float = 1e-10
+) -> None:
+    """Check that the tensors of two mappings agree by name, and that they are not all zero or None.
+
+    `tolerance` is the greatest relative L2 error of each tensor. With 0, they are equal bit by bit, but for signs of 0.
+    """
+    assert got.keys() == expected.keys()
+    assert any(tensor is not None and tensor.any() for tensor in expected.values()), "nothing is expected but zeros"
+    for name, tensor in expected.items():
+        error = relative_error(got[name], tensor)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+# Counting.
 
 
 class Operations(TorchDispatchMode):
@@ -133,6 +203,52 @@ def counts(model: nn.Module, *inputs: Any) -> dict[str, int]:
     return operations.counts
 
 
+class Shapes(TorchDispatchMode):
+    """Records the shape of the first argument at each call of an operation, such as `torch.ops.aten.convolution`.
+
+    Attributes:
+        shapes: in the order of the calls.
+    """
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation = operation
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is self.operation:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+class Allocations(TorchDispatchMode):
+    """Records the tensors that operations make, views of their arguments aside.
+
+    Attributes:
+        largest: bytes of the largest storage of a tensor, by the tensor's shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[tuple[int, ...], int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                shape, nbytes = tuple(tensor.shape), tensor.untyped_storage().nbytes()
+                self.largest[shape] = max(self.largest.get(shape, 0), nbytes)
+        return result
+
+
+def flops(function: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
@@ -140,14 +256,3 @@ def live_bytes() -> int:
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-class Replayed(nn.Module):
-    """Takes the place of a dropout: scales by given factors, which are 0 where one has dropped; another set a call."""
-
-    def __init__(self, factors: Sequence[torch.Tensor]):
-        super().__init__()
-        self.factors = iter(factors)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * next(self.factors)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import assert_exact, handed_over, randomise
+from reference import Body, assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
@@ -75,19 +75,20 @@ def test_symbolic_sizes_are_those_of_their_own_dimension() -> None:
 # Networks that stream whole.
 
 
-class Net(nn.Module):
-    def __init__(self, body: Callable[[Any, torch.Tensor], Any]):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.out = nn.Conv2d(8, 4, 3, padding=1)
-        self.norm = nn.LayerNorm(8)
-        self.linear = nn.Linear(8, 8)
-        self.gamma = nn.Parameter(torch.rand(8))
-        self.token = nn.Parameter(torch.rand(1, 1, 8))
-        self.body = body
+Function = Callable[[Any, torch.Tensor], Any]
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.out(self.body(self, self.conv(x)))
+
+def between_convolutions(body: Function) -> nn.Module:
+    model = Body(
+        lambda m, x: m.out(body(m, m.conv(x))),
+        conv=nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        out=nn.Conv2d(8, 4, 3, padding=1),
+        norm=nn.LayerNorm(8),
+        linear=nn.Linear(8, 8),
+        gamma=nn.Parameter(torch.rand(8)),
+        token=nn.Parameter(torch.rand(1, 1, 8)),
+    )
+    return randomise(model)
 
 
 def _channels_last(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ STREAMED = [_channels_last, _moved, _shuffled, _halves, _stacked, _squeezed, _si
 @pytest.mark.parametrize("tile", [3, (None, 4), (1, None, 8, None), BATCH], ids=str)
 @pytest.mark.parametrize("body", STREAMED)
 def test_tags_are_followed(body: Callable[[Any, torch.Tensor], Any], tile: Any) -> None:
-    assert_exact(randomise(Net(body)), (3, 3, 19, 23), tile, whole=True)
+    assert_exact(between_convolutions(body), (3, 3, 19, 23), tile, whole=True)
 
 
 # What spans a streamed axis ends the prefix, and only along that axis.
@@ -172,8 +173,8 @@ SPANNING = [_rows_last, _merged, _excited, _grouped, _tokens]
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 @pytest.mark.parametrize("body", SPANNING)
-def test_what_spans_the_image_streams_along_the_batch_alone(body: Callable[[Any, torch.Tensor], Any]) -> None:
-    model = randomise(Net(body))
+def test_what_spans_the_image_streams_along_the_batch_alone(body: Function) -> None:
+    model = between_convolutions(body)
     converted = assert_exact(model, (5, 3, 19, 23), BATCH, whole=True)
     assert converted.tile_shape == BATCH
     model = model.double()
@@ -184,8 +185,8 @@ def test_what_spans_the_image_streams_along_the_batch_alone(body: Callable[[Any,
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_an_axis_that_is_not_streamed_may_be_spanned() -> None:
-    assert_exact(randomise(Net(_rows_last)), (2, 3, 19, 23), (None, 4), whole=True)
-    converted = fxstream.convert(Net(_rows_last), (4, None))
+    assert_exact(between_convolutions(_rows_last), (2, 3, 19, 23), (None, 4), whole=True)
+    converted = fxstream.convert(between_convolutions(_rows_last), (4, None))
     assert handed_over(converted) == ["conv"]
 
 
@@ -199,7 +200,7 @@ def test_an_axis_that_is_not_streamed_may_be_spanned() -> None:
 )
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
 def test_a_tensor_made_from_a_size_is_left_to_the_head(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    model = Net(lambda m, x: x + make(x)).double()
+    model = between_convolutions(lambda m, x: x + make(x)).double()
     converted = fxstream.convert(model, 4)
     assert handed_over(converted)[0] == "conv"
     compare(model, converted, torch.randn(2, 3, 19, 23))
@@ -219,6 +220,164 @@ def test_a_size_that_the_head_reads_does_not_drag_the_value_along() -> None:
     converted = assert_exact(Resized(), (1, 3, 37, 41), 8, last=["last", "floordiv"])
     shapes = [v.shape for v in converted.streamed(torch.zeros(1, 3, 37, 41).double()) if isinstance(v, torch.Tensor)]
     assert shapes == [(1, 4, 4, 5)]
+
+
+@pytest.mark.parametrize("tile", [(3, None), (None, 3), 3, (1, None, None, None)], ids=str)
+@pytest.mark.parametrize("amounts", [(0, -2), (-2, 0), (-1, -1, -2, -1), (2, -1, -1, 2)], ids=str)
+def test_padding_may_crop_axes_that_are_streamed_and_others(amounts: tuple[int, ...], tile: Any) -> None:
+    model = Body(
+        lambda m, x: m.second(F.pad(m.first(x), amounts)),
+        first=nn.Conv2d(2, 4, 3, padding=1),
+        second=nn.Conv2d(4, 4, 3, padding=1),
+    )
+    assert_exact(randomise(model), (2, 2, 9, 8), tile, whole=True)
+
+
+# Reductions, broadcasts and sizes.
+
+
+def behind_a_convolution(body: Function, norm: nn.Module | None = None) -> nn.Module:
+    model = Body(
+        lambda m, x: body(m, m.conv(x)),
+        conv=nn.Conv2d(3, 8, 3, padding=1),
+        down=nn.Conv2d(8, 8, 3, stride=2),
+        linear=nn.Linear(8, 8),
+        gamma=nn.Parameter(torch.rand(8, 1, 1)),
+        token=nn.Parameter(torch.rand(1, 8, 1, 1)),
+        map=nn.Parameter(torch.rand(3, 2, 13, 13)),
+        norm=norm or nn.Identity(),
+    )
+    return randomise(model)
+
+
+@pytest.mark.parametrize("tile", [3, (None, 4), BATCH], ids=str)
+@pytest.mark.parametrize(
+    ("body", "last"),
+    [
+        (lambda m, x: x * x.var(1, False).unsqueeze(1), "mul"),
+        (lambda m, x: torch.std(x, (1,), False), "std"),
+        (lambda m, x: x.var(False), "conv"),
+        (lambda m, x: x.mean(1, keepdims=True), "mean"),
+    ],
+    ids=["var", "std", "var of all", "keepdims"],
+)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_positional_and_renamed_options_of_reductions(body: Function, last: str, tile: Any) -> None:
+    assert_exact(behind_a_convolution(body), (3, 3, 13, 11), tile, last=last)
+
+
+def _gated(m: Any, x: torch.Tensor) -> Any:
+    """One channel, broadcast to 8 by a parameter."""
+    return x.mean(1, keepdim=True) * m.gamma
+
+
+@pytest.mark.parametrize("tile", [3, (None, 4), BATCH], ids=str)
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: _gated(m, x).chunk(2, 1),
+        lambda m, x: _gated(m, x).unbind(1),
+        lambda m, x: (_gated(m, x), _gated(m, x).shape[1]),
+        lambda m, x: _gated(m, x).squeeze(1),
+        lambda m, x: torch.cat([_gated(m, x), x], 1).chunk(2, 1),
+        lambda m, x: _gated(m, x).reshape(x.shape[0], 2, 4, x.shape[2], x.shape[3]),
+    ],
+    ids=["chunk", "unbind", "size", "squeeze", "cat", "reshape"],
+)
+def test_a_tensor_that_broadcasts_a_value_to_more_channels(body: Function, tile: Any) -> None:
+    assert_exact(behind_a_convolution(body), (3, 3, 13, 11), tile, whole=True)
+
+
+# A body; what the head gets where its reshape is not local; and along which axes it is local, with the last node.
+RESHAPES: dict[str, tuple[Function, list[str], dict[Any, str]]] = {
+    "positions": (lambda m, x: x.view(x.size(0), 8, -1).mean(-1), ["conv", "size"], {BATCH: "mean"}),
+    "all rows": (lambda m, x: m.linear(x.permute(0, 2, 3, 1).reshape(-1, 8)), ["permute"], {}),
+    "tokens": (
+        lambda m, x: m.linear(x.permute(0, 2, 3, 1).reshape(x.size(0), -1, 8)),
+        ["permute", "size"],
+        {BATCH: "linear"},
+    ),
+    "rows as batch": (
+        lambda m, x: x.permute(0, 2, 1, 3).reshape(-1, 8, x.size(3)).softmax(1),
+        ["permute", "size"],
+        {(None, 4): "softmax"},
+    ),
+    "swapped": (
+        lambda m, x: x.view(x.size(0), 8, x.size(3), x.size(2)),
+        ["conv", "size", "size_1", "size_2"],
+        {BATCH: "view"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tile", [3, (None, 4), (3, None), BATCH], ids=str)
+@pytest.mark.parametrize("name", RESHAPES)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_reshape_streams_along_the_axes_along_which_it_is_local(name: str, tile: Any) -> None:
+    body, before, local = RESHAPES[name]
+    assert_exact(behind_a_convolution(body), (3, 3, 13, 11), tile, last=local.get(tile, before))
+
+
+@pytest.mark.parametrize("tile", [3, BATCH], ids=str)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_the_shape_of_a_value_is_a_torch_size(tile: Any) -> None:
+    model = behind_a_convolution(lambda m, x: (x / x.shape[2:].numel(), x.size()))
+    assert_exact(model, (3, 3, 13, 11), tile, last=["conv", "getitem", "size"])
+
+
+@pytest.mark.parametrize("tile", [3, (None, 4), (3, None)], ids=str)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_single_row_is_expanded_to_the_extent_of_another_value_in_the_head(tile: Any) -> None:
+    model = behind_a_convolution(lambda m, x: m.down(x).expand(-1, -1, x.shape[2], x.shape[3]))
+    assert_exact(model, (3, 3, 3, 3), tile, last=["down", "getitem", "getitem_1"])
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_token_is_expanded_to_the_extents_of_two_values_in_the_head() -> None:
+    model = behind_a_convolution(lambda m, x: m.token.expand(-1, -1, x.shape[2], m.down(x).shape[3]))
+    assert_exact(model, (3, 3, 13, 13), 3, last=["getitem", "getitem_1"])
+
+
+@pytest.mark.parametrize(
+    ("body", "last"),
+    [
+        (lambda m, x: x.split(x.shape[2] // 2, 1), ["conv", "floordiv"]),
+        (lambda m, x: x.chunk(x.shape[2] % 3 + 1, 1), ["conv", "add"]),
+        (lambda m, x: torch.cat([x, torch.zeros(0)], 1), ["conv"]),
+        # Gives one number to each position, and no channels.
+        (lambda m, x: F.linear(x.permute(0, 2, 3, 1), m.gamma.flatten()), ["permute"]),
+    ],
+    ids=["split", "chunk", "cat", "linear"],
+)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_what_a_rule_does_not_cover_is_left_to_the_head(body: Function, last: list[str]) -> None:
+    assert_exact(behind_a_convolution(body), (3, 3, 13, 11), 3, last=last)
+
+
+@pytest.mark.parametrize(
+    ("body", "norm", "last", "error"),
+    [
+        (lambda m, x: torch.cat([x, m.map], 1), None, "cat", "cat concatenates a tensor"),
+        (lambda m, x: x.mean(1, keepdim=True).mul_(m.gamma), None, "mean", "doesn't match the broadcast shape"),
+        (lambda m, x: x.split([2, 3], 1), None, "conv", "split_with_sizes expects split_sizes to sum exactly to 8"),
+        (lambda m, x: x.unsqueeze(7), None, "conv", "Dimension out of range"),
+        (lambda m, x: torch.stack([x, x], 9), None, "conv", "Dimension out of range"),
+        (lambda m, x: m.norm(x), nn.BatchNorm1d(8).eval(), "conv", "expected 2D or 3D input"),
+    ],
+    ids=["cat", "mul_", "split", "unsqueeze", "stack", "BatchNorm1d"],
+)
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_what_fails_in_the_plain_model_fails_at_the_call(
+    body: Function, norm: nn.Module | None, last: str, error: str
+) -> None:
+    model = behind_a_convolution(body, norm)
+    image = torch.randn(3, 3, 11, 13)
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        model(image)
+    converted = fxstream.convert(model, 3)
+    assert handed_over(converted) == [last]
+    with pytest.raises((RuntimeError, IndexError, ValueError), match=error):
+        converted(image)
 
 
 # torchvision.
@@ -267,3 +426,16 @@ def test_instance_norm_by_the_images_statistics_is_local_along_the_batch() -> No
     assert_exact(model, (3, 3, 17, 15), BATCH, whole=True)
     (stop,) = fxstream.analyze(model).stops
     assert stop.reason.startswith("1 needs the mean and variance over the streamed axes H, W")
+
+
+def test_instance_norm_takes_two_dimensions_for_one_image() -> None:
+    model = behind_a_convolution(lambda m, x: m.norm(x.mean((2, 3))), nn.InstanceNorm1d(8))
+    assert_exact(model, (3, 3, 13, 13), BATCH, last="mean")
+
+
+def test_a_group_norm_of_single_values_streams_if_the_batch_has_several() -> None:
+    """torch's condition is on the whole batch, of which a chunk may be one image."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(4, 4), nn.Conv2d(4, 2, 1))
+    assert_exact(randomise(model), (3, 2, 1, 1), BATCH, whole=True)
+    with pytest.raises(fxstream.ImageTooSmallError, match="single values"):
+        fxstream.convert(model, BATCH)(torch.randn(1, 2, 1, 1))

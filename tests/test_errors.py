@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
+from reference import Body
 from torch import nn
 
 import fxstream
@@ -167,34 +169,6 @@ def test_a_hook_acquired_after_the_conversion(path: str, register: str) -> None:
     converted(torch.randn(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("path", ["layer3.0.conv1", "layer3.0", "layer3"])
-def test_a_hook_at_conversion_ends_the_prefix_and_still_runs(path: str) -> None:
-    model = torchvision.models.resnet18().eval()
-    seen: list[torch.Size] = []
-    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    with pytest.warns(fxstream.StreamingWarning, match=rf"{path} has a hook"):
-        converted = fxstream.convert(model, 64)
-    image = torch.randn(1, 3, 96, 96)
-    torch.testing.assert_close(converted(image), model(image))
-    assert len(seen) == 2
-    assert seen[0] == seen[1]
-
-
-def test_hooks_of_the_root_run_once_a_call() -> None:
-    model = small()
-    seen: list[int] = []
-    model.register_forward_hook(lambda *_: seen.append(1))
-    fxstream.convert(model, 4)(torch.randn(1, 3, 20, 20))
-    assert seen == [1]
-
-
-def test_a_forward_that_depends_on_the_mode() -> None:
-    model = torchvision.models.googlenet(init_weights=False).eval()
-    converted = fxstream.convert(model, 64)
-    with pytest.raises(fxstream.ModeError, match="the model depends on its mode: it was converted in eval mode"):
-        converted.train()(torch.randn(1, 3, 64, 64))
-
-
 def test_the_name_of_the_image_argument() -> None:
     class Conditioned(nn.Module):
         def __init__(self) -> None:
@@ -266,3 +240,49 @@ def test_an_operation_without_a_rule_is_named() -> None:
 
     (stop,) = fxstream.analyze(Sorted()).stops
     assert stop.reason == "sort has no streaming rule (.sort())."
+
+
+# Sizes that do not fit, which torch would find at the call.
+
+
+def test_cropping_more_than_there_is() -> None:
+    """torch crops before it pads, and cannot crop more rows than there are."""
+    converted = fxstream.convert(Body(lambda m, x: F.pad(m.conv(x), (2, -3)), conv=nn.Conv2d(2, 4, 1)), 3)
+    with pytest.raises(fxstream.ImageTooSmallError, match="too small for pad:"):
+        converted(torch.randn(1, 2, 9, 2))
+
+
+def test_average_pooling_of_volumes_whose_kernel_does_not_fit_without_the_padding() -> None:
+    """Unlike that of images, torch's average pooling of volumes refuses it."""
+    model = nn.Sequential(nn.Conv3d(1, 1, 1), nn.AvgPool3d(3, padding=1))
+    image = torch.randn(1, 1, 2, 5, 5)
+    with pytest.raises(RuntimeError, match="smaller than kernel size"):
+        model(image)
+    converted = fxstream.convert(model, 2)
+    with pytest.raises(fxstream.ImageTooSmallError, match="too small for 1:"):
+        converted(image)
+
+
+def test_a_row_that_is_broadcast_along_a_streamed_axis() -> None:
+    """Plain PyTorch can do that; the error must not say that the image is too small."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.first(x)
+        return y * F.conv2d(y, m.second.weight[:, :, :1, :1].expand(4, 4, 9, 1) * 1.0)
+
+    model = Body(body, first=nn.Conv2d(2, 4, 3, padding=1), second=nn.Conv2d(4, 4, 3))
+    converted = fxstream.convert(model, 3)
+    with pytest.raises(fxstream.NotLocalError, match="its operands have 1 and 9 rows"):
+        converted(torch.randn(1, 2, 9, 8))
+
+
+def test_operands_of_different_sizes_at_a_call() -> None:
+    """Whatever follows them; their size must not be taken for one that is not known yet."""
+    model = Body(
+        lambda m, x: m.second(m.first(x) + F.interpolate(m.first(x), size=(5, 5))),
+        first=nn.Conv2d(2, 4, 3, padding=1),
+        second=nn.Conv2d(4, 4, 3),
+    )
+    converted = fxstream.convert(model, 3)
+    with pytest.raises(fxstream.NotLocalError, match="its operands have 5 and"):
+        converted(torch.randn(1, 2, 9, 9))

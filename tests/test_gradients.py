@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Replayed, randomise
+from reference import Allocations, Body, assert_close, assert_exact, flops, gradients, image, pair, randomise
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
-from fxstream.testing import relative_error
 
 
 class Net(nn.Module):
@@ -46,15 +41,8 @@ PARAMETERS = [name for name, _ in Net().named_parameters()]
 Found = Mapping[str, "torch.Tensor | None"]
 
 
-def pair(build: Callable[[], nn.Module] = Net, tile: int | tuple[int, int] = (9, 11)) -> tuple[nn.Module, Any]:
-    """A model in float64 and eval mode, and a converted one with parameters of its own."""
-    plain = randomise(build()).double().eval()
-    return plain, fxstream.convert(copy.deepcopy(plain), tile)
-
-
-def image(height: int = 26, width: int = 21, batch: int = 2, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, height, width, dtype=torch.double, generator=generator)
+def plain_and_converted(build: Callable[[], nn.Module] = Net) -> tuple[nn.Module, Any]:
+    return pair(randomise(build()).double().eval(), (9, 11))
 
 
 def loss_of(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -62,34 +50,16 @@ def loss_of(outputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return features.sin().sum() + F.cross_entropy(scores, torch.arange(len(scores)) % 3)
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_equal(got: Found, expected: Found) -> None:
-    assert got.keys() == expected.keys()
-    assert any(tensor is not None and tensor.any() for tensor in expected.values())
-    for name, tensor in expected.items():
-        error = relative_error(got[name], tensor)
-        assert error <= 1e-10, f"{name}: {error:.1e}"
-
-
 def assert_same(use: Callable[[nn.Module], Found], build: Callable[[], nn.Module] = Net) -> None:
     """Whoever uses the converted model as the plain one finds the same tensors."""
-    plain, converted = pair(build)
+    plain, converted = plain_and_converted(build)
     expected = use(plain)
-    assert_equal(use(converted), expected)
+    assert_close(use(converted), expected)
 
 
-def flops(function: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
-
-
-def assert_no_waste(use: Callable[[nn.Module], Any]) -> None:
+def assert_no_waste(use: Callable[[nn.Module], Any], build: Callable[[], nn.Module] = Net) -> None:
     """It costs what it costs with the plain model, and one forward of the streamed part."""
-    plain, converted = pair()
+    plain, converted = plain_and_converted(build)
     with torch.no_grad():
         prefix = flops(lambda: converted.streamed(image()))
     assert 0 < flops(lambda: use(converted)) <= flops(lambda: use(plain)) + prefix
@@ -107,48 +77,41 @@ def test_gradients_accumulate_over_backwards_and_are_clipped() -> None:
 
 
 @pytest.mark.parametrize("image_grad", [False, True])
-@pytest.mark.parametrize("seed", range(6))
-def test_any_subset_may_be_frozen_and_costs_nothing(seed: int, image_grad: bool) -> None:
+@pytest.mark.parametrize(("seed", "before_conversion"), [(seed, seed % 2 == 1) for seed in range(6)])
+def test_any_subset_may_be_frozen_and_costs_nothing(seed: int, before_conversion: bool, image_grad: bool) -> None:
     chosen = torch.rand(len(PARAMETERS), generator=torch.Generator().manual_seed(seed)) < 0.4
 
-    def use(model: nn.Module) -> Found:
+    def freeze(model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(bool(chosen[PARAMETERS.index(name)]))
+        return model
+
+    def use(model: nn.Module) -> Found:
+        if not before_conversion:
+            freeze(model)
         leaf = image().requires_grad_(image_grad)
         loss_of(model(leaf)).backward()
         return {"image": leaf.grad, **gradients(model)}
 
-    assert_same(use)
-    assert_no_waste(use)
+    def build() -> nn.Module:
+        return freeze(Net()) if before_conversion else Net()
 
-
-class Made(TorchDispatchMode):
-    """Records the shapes of all tensors that are made, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
-        self.shapes |= {tuple(t.shape) for t in made if t.untyped_storage().data_ptr() not in before}
-        return result
+    assert_same(use, build)
+    assert_no_waste(use, build)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_that_nobody_wants_take_no_memory(frozen: bool) -> None:
     """Neither those of frozen parameters, nor those that `autograd.grad` is not asked for."""
-    _, converted = pair()
+    _, converted = plain_and_converted()
     weights = {tuple(parameter.shape) for parameter in converted.parameters() if parameter.dim() == 4}
     if frozen:
         converted.requires_grad_(False)
     converted.stem.requires_grad_(True)
     loss = loss_of(converted(image()))
-    with Made() as made:
+    with Allocations() as made:
         torch.autograd.grad(loss, converted.stem.weight)
-    assert made.shapes & weights == {tuple(converted.stem.weight.shape)}
+    assert made.largest.keys() & weights == {tuple(converted.stem.weight.shape)}
 
 
 @pytest.mark.parametrize("leaf", [True, False])
@@ -207,7 +170,7 @@ def test_one_graph_serves_several_backwards_for_different_tensors() -> None:
 
 
 @pytest.mark.parametrize("changed", ["stem.weight", "norm.bias", "last.weight", "image", "features", "scores"])
-def test_a_tensor_hook_fires_once_a_backward_and_may_change_the_gradient(changed: str) -> None:
+def test_a_hook_of_a_tensor_fires_once_per_backward_and_may_change_the_gradient(changed: str) -> None:
     def use(model: nn.Module) -> Found:
         seen: dict[str, torch.Tensor] = {}
         leaf = image().requires_grad_()
@@ -220,12 +183,19 @@ def test_a_tensor_hook_fires_once_a_backward_and_may_change_the_gradient(changed
             seen[f"{name}, {counts[name]}"] = gradient.clone()
             return gradient.flip(-1) * 3 if name == changed else None
 
+        accumulated = {name: 0 for name, tensor in tensors.items() if tensor.is_leaf}
+
+        def after(tensor: torch.Tensor, name: str) -> None:
+            accumulated[name] += 1
+
         for name, tensor in tensors.items():
             tensor.register_hook(lambda gradient, name=name: hook(gradient, name))
+        for name in accumulated:
+            tensors[name].register_post_accumulate_grad_hook(lambda tensor, name=name: after(tensor, name))
         loss = loss_of((features, scores))
         loss.backward(retain_graph=True)
         loss.backward()
-        assert set(counts.values()) == {2}
+        assert set(counts.values()) == set(accumulated.values()) == {2}
         return {**seen, "image": leaf.grad, **gradients(model)}
 
     assert_same(use)
@@ -416,64 +386,6 @@ def test_requires_grad_may_change_between_forward_and_backward(at_first: bool, t
     assert_same(use)
 
 
-class Noisy(nn.Module):
-    """Dropouts and batch norms in front; returns what the dropouts get and give, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.drop = nn.Dropout(0.4)
-        self.drop_channels = nn.Dropout2d(0.4)
-        self.second = nn.Conv2d(6, 6, 3, padding=1)
-        self.third = nn.Conv2d(6, 4, 3)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        before = F.softplus(self.norm(self.first(x)))
-        after = self.drop(before)
-        between = F.softplus(self.second(after))
-        beyond = self.drop_channels(between)
-        return self.third(beyond), before, after, between, beyond
-
-
-def _to_eval(model: nn.Module) -> None:
-    model.eval()
-
-
-def _out_and_in(model: nn.Module) -> None:
-    model.eval().train()
-
-
-def _other_rates(model: nn.Module) -> None:
-    model.get_submodule("drop").p = 0.9  # type: ignore[assignment]  # torch says that attributes are tensors
-
-
-def _another_call(model: nn.Module) -> None:
-    model(image(seed=5))
-
-
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("change", [_to_eval, _out_and_in, _other_rates, _another_call])
-def test_modes_may_change_between_forward_and_backward(change: Callable[[nn.Module], None], freeze: bool) -> None:
-    plain = randomise(Noisy()).double().eval()
-    model = copy.deepcopy(plain)
-    model.train(freeze)
-    for dropout in (model.drop, model.drop_channels):
-        dropout.train()
-    converted = fxstream.convert(model, 8, freeze_batchnorm=freeze)
-    leaf = image().requires_grad_()
-    outputs = converted(leaf)
-    change(converted)
-    outputs[0].sin().sum().backward()
-    _, before, after, between, beyond = outputs
-    assert 0.3 < (after == 0).double().mean() < 0.5
-    plain.drop = Replayed([(after / before).detach()])
-    plain.drop_channels = Replayed([(beyond / between).detach()])
-    twin = image().requires_grad_()
-    plain(twin)[0].sin().sum().backward()
-    assert_equal({"image": leaf.grad, **gradients(converted)}, {"image": twin.grad, **gradients(plain)})
-
-
 @contextmanager
 def _packed_elsewhere() -> Iterator[None]:
     """Each saved tensor becomes a number, and a copy when it is asked for."""
@@ -513,15 +425,118 @@ def test_within_a_checkpoint(reentrant: bool) -> None:
     assert_same(use)
 
 
-def test_dropout_within_a_checkpoint_drops_the_same_twice() -> None:
-    model = randomise(Noisy()).double().eval()
-    model.drop.train()
-    converted = fxstream.convert(model, 8)
+def test_a_second_backward_needs_a_retained_graph_and_finds_the_same_bits() -> None:
+    _, converted = plain_and_converted()
+    leaf = image().requires_grad_()
+    loss = loss_of(converted(leaf))
     found = []
-    for run in (converted, lambda leaf: checkpoint(converted, leaf, use_reentrant=False)):
-        torch.manual_seed(4)
-        leaf = image().requires_grad_()
-        run(leaf)[0].sin().sum().backward()
+    for retain_graph in (True, False):
+        loss.backward(retain_graph=retain_graph)
         found.append({"image": leaf.grad, **gradients(converted)})
+        leaf.grad = None
         converted.zero_grad()
-    assert_equal(found[1], found[0])
+    assert_close(found[1], found[0], tolerance=0)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("what", ["image", "weight", "bias", "running_mean", "buffer that enters"])
+def test_what_recompute_reads_must_not_change_in_between(what: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.norm = nn.BatchNorm2d(4)
+            self.register_buffer("scale", torch.rand(4, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.norm(self.conv(x)) * self.scale).mean((2, 3))
+
+    converted = fxstream.convert(Scaled().eval(), 8)
+    image = torch.randn(1, 3, 20, 20)
+    changed = {
+        "image": image,
+        "weight": converted.conv.weight,
+        "bias": converted.conv.bias,
+        "running_mean": converted.norm.running_mean,
+        "buffer that enters": converted.scale,
+    }[what]
+    loss = converted(image).sum()
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_double_backward_is_refused_and_first_derivatives_with_create_graph_are_right() -> None:
+    plain, converted = plain_and_converted()
+    leaf = image().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(plain(leaf)), leaf)
+    (found,) = torch.autograd.grad(loss_of(converted(leaf)), leaf, create_graph=True)
+    assert_close({"image": found}, {"image": expected})
+    with pytest.raises(fxstream.DoubleBackwardError, match="differentiated twice"):
+        (loss_of(converted(leaf)) + found.square().sum()).backward()
+
+
+# Which outputs require a gradient.
+
+
+def _convolutions(body: Callable[[Any, torch.Tensor], Any]) -> nn.Module:
+    """Two convolutions and a parameter for `body` to use."""
+    first, second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    return randomise(Body(body, first=first, second=second, scale=nn.Parameter(torch.ones(1, 4, 1, 1))))
+
+
+def _detached(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    return m.second(y.detach()), y.detach()
+
+
+def _comparison(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    return y, y > 0, (y > 0).double()
+
+
+def _values_of_two_results(m: Any, x: torch.Tensor) -> Any:
+    return m.first(x).max(1)[0]
+
+
+def _indices_of_two_results(m: Any, x: torch.Tensor) -> Any:
+    return m.first(x).max(1)[1]
+
+
+@pytest.mark.parametrize("body", [_detached, _comparison, _values_of_two_results, _indices_of_two_results])
+def test_outputs_require_a_gradient_where_those_of_the_plain_model_do(body: Callable[..., Any]) -> None:
+    assert_exact(_convolutions(body), (2, 2, 9, 8), 3, whole=True)
+
+
+# Sums of what comes from several places.
+
+
+def _image_in_the_head(m: Any, x: torch.Tensor) -> Any:
+    y = m.second(m.first(x))
+    return y * x.mean(), y, y, x
+
+
+def _parameters_in_the_head(m: Any, x: torch.Tensor) -> Any:
+    y = m.second(m.first(x)) * m.scale
+    return y.mean((2, 3)) * m.scale.sum() + m.second.weight.sum()
+
+
+def _modules_called_several_times(m: Any, x: torch.Tensor) -> Any:
+    return m.second(m.second(m.first(x))) + m.second(m.first(x))
+
+
+@pytest.mark.parametrize(
+    ("body", "last"),
+    [(_image_in_the_head, "second"), (_parameters_in_the_head, "mean"), (_modules_called_several_times, "add")],
+)
+def test_what_is_used_in_several_places_gets_the_sum_of_their_gradients(body: Callable[..., Any], last: str) -> None:
+    assert_exact(_convolutions(body), (2, 2, 9, 8), 3, last=last)
+
+
+def test_two_modules_with_one_weight_give_it_both_gradients() -> None:
+    model = _convolutions(lambda m, x: m.third(m.second(m.first(x))) * m.scale)
+    model.third = nn.Conv2d(4, 4, 3, padding=1)
+    model.third.weight = model.second.weight
+    assert_exact(model, (2, 2, 9, 8), 3, whole=True)

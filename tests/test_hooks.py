@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import counts, randomise
+import torchvision
+from reference import assert_close, counts, gradients, pair, randomise
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import fxstream
-from fxstream.testing import compare, head, relative_error
+from fxstream.testing import compare, head
 
 IMAGE = (2, 3, 31, 27)
 
@@ -79,10 +80,8 @@ def assert_trains_alike(plain: nn.Module, converted: nn.Module, steps: int = 3) 
             optimiser.zero_grad()
             model(image).square().sum().backward()
             optimiser.step()
-        for name, tensor in plain.state_dict().items():
-            assert relative_error(converted.state_dict()[name], tensor) < 1e-10, name
-        for name, parameter in plain.named_parameters():
-            assert relative_error(converted.get_parameter(name).grad, parameter.grad) < 1e-10, name
+        assert_close(converted.state_dict(), plain.state_dict())
+        assert_close(gradients(converted), gradients(plain))
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -178,8 +177,7 @@ def test_a_buffer_that_forward_updates_from_the_image_is_left_to_the_head() -> N
             self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3), keepdim=True)[0])
             return x - self.mean
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Centred(), nn.Conv2d(4, 4, 3)).double()
-    converted = fxstream.convert(copy.deepcopy(model), 8)
+    model, converted = pair(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Centred(), nn.Conv2d(4, 4, 3)).double(), 8)
     for _ in range(3):
         compare(model, converted, torch.randn(IMAGE))  # buffers, too
 
@@ -210,7 +208,7 @@ def test_a_module_used_in_two_places(norm: Callable[[nn.Module], nn.Module]) -> 
 
 
 def test_a_hook_on_a_part_of_a_streamed_module() -> None:
-    """The parts of an attention layer are not called one by one, so their hooks would run once a tile or not at all."""
+    """The parts of an attention layer are not called one by one, so hooks of theirs would run per tile or never."""
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)).eval()
     image = torch.randn(6, 5, 8)
     converted = fxstream.convert(model, (2, None, None), example_input=image)
@@ -224,3 +222,30 @@ def test_a_hook_on_a_part_of_a_streamed_module() -> None:
     assert head(converted) == ["_1"]
     converted(image)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("path", ["layer3.0.conv1", "layer3.0", "layer3"])
+def test_a_hook_at_conversion_ends_the_prefix_and_still_runs(path: str) -> None:
+    model = torchvision.models.resnet18().eval()
+    seen: list[torch.Size] = []
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with pytest.warns(fxstream.StreamingWarning, match=rf"{path} has a hook"):
+        converted = fxstream.convert(model, 64)
+    image = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(converted(image), model(image))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_forward_hooks_of_the_root_run_once_per_call() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    fxstream.convert(model, 4)(torch.randn(1, 3, 20, 20))
+    assert seen == [1]
+
+
+def test_a_full_backward_hook_of_the_root_runs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3)).double()
+    model.register_full_backward_hook(lambda module, inner, outer: (inner[0] * 3,))
+    compare(model, fxstream.convert(model, 8), torch.randn(IMAGE))

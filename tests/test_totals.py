@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,11 +189,33 @@ def test_a_result_that_the_head_overwrites() -> None:
     compare(model, fxstream.convert(model, 5), torch.randn(2, 3, 19, 23))
 
 
-def test_copies_files_and_another_tile_shape() -> None:
-    model = Net(lambda x: x.amax((2, 3)) + x.mean((2, 3))).double()
-    converted = copy.deepcopy(fxstream.convert(model, 5))
-    converted.tile_shape = (3, 7)
-    compare(model, converted, torch.randn(2, 3, 19, 23))
+def _maximum_and_mean(x: torch.Tensor) -> torch.Tensor:
+    """A lambda could not be pickled."""
+    return x.amax((2, 3)) + x.mean((2, 3))
+
+
+def _through_torch_save(model: nn.Module, file: Path) -> Any:
+    torch.save(model, file)
+    return torch.load(file, weights_only=False)
+
+
+def _through_pickle(model: nn.Module, file: Path) -> Any:
+    file.write_bytes(pickle.dumps(model))
+    return pickle.loads(file.read_bytes())
+
+
+def _deep_copy(model: nn.Module, file: Path) -> Any:
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("duplicate", [_deep_copy, _through_pickle, _through_torch_save])
+def test_copies_files_and_another_tile_shape(duplicate: Callable[[nn.Module, Path], Any], tmp_path: Path) -> None:
+    model = Net(_maximum_and_mean).double()
+    converted = duplicate(fxstream.convert(model, 5), tmp_path / "model")
+    assert handed_over(converted) == ["amax", "mean"]
+    for tile_shape in (5, (3, 7)):
+        converted.tile_shape = tile_shape
+        compare(model, converted, torch.randn(2, 3, 19, 23))
 
 
 def test_several_backward_passes_and_partial_ones() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact, randomise
+from reference import Body, assert_exact, randomise
 from torch import nn
 
 import fxstream
@@ -220,3 +220,11 @@ def test_dense_upsampling_convolution(tile: Any) -> None:
         *dilated, nn.Conv2d(8, 2 * 64, 3, padding=1), nn.PixelShuffle(8),
     )  # fmt: skip
     assert_exact(randomise(model).eval(), (3, 3, 61, 53), tile, whole=True)
+
+
+def test_a_crop_of_what_has_a_fixed_size_to_the_size_of_another_value() -> None:
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.conv(x)
+        return F.interpolate(y, size=(19, 17), mode="bilinear")[..., : y.shape[2], : y.shape[3]] + y
+
+    assert_exact(randomise(Body(body, conv=nn.Conv2d(2, 4, 3, padding=1))), (1, 2, 9, 8), 3, whole=True)

@@ -73,6 +73,7 @@ class _Like(NamedTuple):
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training, too, which refuses inference tensors
 def _nearest(axis: _Axis, like: _Like) -> torch.Tensor:
     """For every output row the input row that it is: torch's own answer to numbered rows."""
     rows = torch.arange(axis.length, device=like.device).to(like.dtype)
@@ -87,6 +88,7 @@ def _nearest(axis: _Axis, like: _Like) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept must serve training, too, which refuses inference tensors
 def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """For every output row the input rows that it reads and their weights, both (taps, size)."""
     position = _source(axis, dtype)
