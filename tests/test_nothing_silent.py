@@ -154,9 +154,9 @@ def _add_to_data(m: Any, y: torch.Tensor) -> torch.Tensor:
 
 
 CHANGED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
-    "a list in an object": (_log, r"assigns attributes \(list\)"),
-    "a counter in an object": (_count, r"assigns attributes \(calls\)"),
-    "a dict in a dict": (_nested, r"assigns attributes \(dict\)"),
+    "a list in an object": (_log, r"assigns attributes \(record\.means\)"),
+    "a counter in an object": (_count, r"assigns attributes \(record\.calls\)"),
+    "a dict in a dict": (_nested, r"assigns attributes \(cache\)"),
     "the mode of a submodule": (_calm, r"assigns attributes \(training\)"),
     "a weight's data": (_renormalise, "assigns the attribute 'data' of a tensor"),
     "a value's data": (_add_to_data, "assigns the attribute 'data' of a tensor"),

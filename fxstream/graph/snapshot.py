@@ -25,42 +25,42 @@ class Snapshot:
     def __init__(self, model: nn.Module):
         self._contents: dict[int, tuple[Any, Any]] = {}
         """The id of a module, container or object -> the thing itself, and a shallow copy of what it holds."""
-        self._held_by: dict[nn.Module, list[Any]] = {}
-        """A module -> itself, and what else can be reached from it without passing another module."""
+        self._held_by: dict[nn.Module, list[tuple[str, Any]]] = {}
+        """A module -> what can be reached from it without passing another module, by name, the module itself as ""."""
         modules = list(model.modules())
         for module in modules:
             self._contents[id(module)] = (module, _contents(module))
         most = len(modules) + MOST_OBJECTS
         for module in modules:
-            self._held_by[module] = [module, *self._reached(module, most)]
+            self._held_by[module] = [("", module), *self._reached(module, most)]
 
-    def _reached(self, module: nn.Module, most: int) -> Iterator[Any]:
+    def _reached(self, module: nn.Module, most: int) -> Iterator[tuple[str, Any]]:
         """Note what can be reached from a module, the nearest first, until `most` things have been noted."""
-        waiting = deque(_watched(module))
+        waiting = deque(_watched("", module))
         while waiting and len(self._contents) < most:
-            thing = waiting.popleft()
+            name, thing = waiting.popleft()
             if id(thing) not in self._contents:
                 self._contents[id(thing)] = (thing, _contents(thing))
-                yield thing
-                waiting.extend(_watched(thing))
+                yield name, thing
+                waiting.extend(_watched(name, thing))
 
     def changed(self, *modules: nn.Module) -> list[str]:
         """The names of attributes that are not what they were, in some modules and in what is reached from them."""
         found: list[str] = []
         for module in modules:
             computed = computed_weights(module)
-            for thing in self._held_by[module]:
-                found += (name for name in self._differing(thing) if thing is not module or name not in computed)
+            for name, thing in self._held_by[module]:
+                found += (part for part in self._differing(name, thing) if part not in computed)
         return sorted(found)
 
-    def _differing(self, thing: Any) -> Iterator[str]:
+    def _differing(self, name: str, thing: Any) -> Iterator[str]:
+        """The names of the attributes of a thing that differ; of a container, its own name."""
         now, before = _contents(thing), self._contents[id(thing)][1]
         if not isinstance(thing, _CONTAINERS):
-            for name in now.keys() | before.keys():
-                if now.get(name) is not before.get(name):
-                    yield name
+            differing = (key for key in now.keys() | before.keys() if now.get(key) is not before.get(key))
+            yield from (_joined(name, key) for key in differing)
         elif not _same(now, before):
-            yield type(thing).__name__
+            yield name
 
     def restore(self) -> None:
         """Put everything back."""
@@ -104,12 +104,17 @@ def _contents(thing: Any) -> Any:
     return thing.copy() if isinstance(thing, _CONTAINERS) else dict(vars(thing))
 
 
-def _watched(thing: Any) -> Iterator[Any]:
-    """The containers and plain objects that a thing holds itself."""
+def _watched(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    """The containers and plain objects that a thing holds itself; those in it have the name of a container."""
     held = _contents(thing)
-    for value in held.values() if isinstance(held, dict) else held:
+    for key, value in held.items() if isinstance(held, dict) else enumerate(held):
+        inner = name if isinstance(thing, _CONTAINERS) else _joined(name, str(key))
         # What a tuple holds cannot be replaced, but changed.
-        yield from filter(_is_watched, value if isinstance(value, tuple) else [value])
+        yield from ((inner, part) for part in (value if isinstance(value, tuple) else [value]) if _is_watched(part))
+
+
+def _joined(name: str, attribute: str) -> str:
+    return f"{name}.{attribute}" if name else attribute
 
 
 def _is_watched(value: Any) -> bool:
