@@ -46,9 +46,9 @@ def test_the_gradient_of_an_instance_norm_of_one_image(affine: bool, shape: tupl
     """torch's own is wrong if it comes channels_last, as that of a LayerNorm over channels does, on images of any size.
 
     On the CPU, torch (2.14) computes an instance norm's gradient as that of a batch norm of one image with N * C
-    channels. If N is 1, the reshaped gradient is a view whose first stride is C. `native_batch_norm_backward` takes this
-    for the layout of the contiguous input, and reads values of all channels as those of one. Finite differences decide
-    here, and not the plain model, which is off by 80% and more.
+    channels. If N is 1, the reshaped gradient is a view whose first stride is C. `native_batch_norm_backward` takes it
+    to be laid out as the contiguous input is, and reads values of all channels as those of one. Finite differences
+    decide here, and not the plain model, which is off by 80% and more.
     """
     model = Body(
         lambda m, x: F.layer_norm(m.norm(m.conv(x)).tanh().movedim(1, -1), (4,)).movedim(-1, 1),
