@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_work import flops
+from counting import flops
 from torch import nn
 
 import fxstream

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_work import flops
+from counting import flops
 from torch import nn
 
 import fxstream

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from counting import flops
 from reference import live_bytes
-from test_work import flops
 from torch import nn
 
 import fxstream
