@@ -9,11 +9,11 @@ demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Long fuzzing; FXSTREAM_EXAMPLES sets the number of networks.
 test-slow: .venv/test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .

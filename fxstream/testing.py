@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,15 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
 from .conversion import convert
-from .geometry.axes import SPATIAL_NAMES
+from .errors import StreamingWarning
+from .geometry.axes import SPATIAL_NAMES, axis_names
+from .graph.findings import Finding
+from .graph.prefix import find_prefix, image_node
+from .graph.trace import trace
+from .model.converted import Converted
 from .model.streamed import Streamed
 from .ops import rule_for
+from .scan.settings import parse_tile_shape
 
 __all__ = ["check_op", "compare", "head", "relative_error"]
 
@@ -54,12 +61,19 @@ def check_op(
     streamed = [index for index, name in enumerate(names) if name in (axes or names) and name != "C"]
     model = _Scaled(_as_module(op, args, dict(kwargs or {})), shape[1], len(shape) - 2).double()
     choose = random.Random(seed)
+    # Conversions by the axes that they stream: converting takes longer than a trial.
+    conversions: dict[tuple[int, ...], Converted] = {}
     for trial in range(trials):
         size = tuple(shape) if trial == 0 else (*shape[:2], *(choose.randint(1, most) for most in shape[2:]))
-        chosen = choose.sample(streamed, choose.randint(1, len(streamed)))
+        if trial % 2 == 0:  # two images at least for each conversion
+            chosen = tuple(sorted(choose.sample(streamed, choose.randint(1, len(streamed)))))
         tile = tuple(choose.randint(1, size[index]) if index in chosen else None for index in range(len(shape)))
+        image = torch.randn(size, dtype=torch.double, generator=torch.Generator().manual_seed(seed + trial))
         try:
-            _check(model, size, tile, tolerance, torch.Generator().manual_seed(seed + trial))
+            if chosen not in conversions:
+                conversions[chosen] = _converted(model, tile, image)
+            conversions[chosen].tile_shape = tile
+            _check(model, conversions[chosen], image, tolerance)
         except Exception as error:
             name = getattr(op, "__qualname__", op)
             raise AssertionError(f"{name} on an image of {size} with tile_shape={tile}: {error}") from error
@@ -111,11 +125,27 @@ class _Traced(nn.Module):
         return self.function(image, *self.args, **self.kwargs)
 
 
-def _check(
-    model: nn.Module, size: tuple[int, ...], tile: tuple[int | None, ...], tolerance: float, generator: torch.Generator
-) -> None:
-    image = torch.randn(size, dtype=torch.double, generator=generator)
-    converted = convert(model, tile, example_input=image)
+def _converted(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tensor) -> Converted:
+    """The converted model. Raises AssertionError, with the reasons, if any operation is left to the head."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StreamingWarning)
+        converted = convert(model, tile, example_input=image)
+    assert isinstance(converted, Converted)
+    if left := head(converted):
+        reasons = "; ".join(stop.reason for stop in _stops(model, tile, image))
+        raise AssertionError(f"{', '.join(left)} not streamed: {reasons}")
+    return converted
+
+
+def _stops(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tensor) -> list[Finding]:
+    """Where streaming along the axes of `tile` ends; `analyze` would stream all spatial axes, and not the batch."""
+    traced = trace(model, {}, False)
+    names = axis_names(image.dim() - 2)
+    axes = parse_tile_shape(tile, names).axes
+    return find_prefix(traced, image_node(traced.graph, None), names, axes, False).stops
+
+
+def _check(model: nn.Module, converted: fx.GraphModule, image: torch.Tensor, tolerance: float) -> None:
     try:
         model(image)
     except (RuntimeError, ValueError, IndexError) as error:

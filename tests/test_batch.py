@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +12,16 @@ import torchvision
 from reference import assert_exact, handed_over, stops_along
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.swin_transformer import SwinTransformer
 
 import fxstream
+from fxstream.memory.live import LiveBytes
 from fxstream.testing import compare, head
 
-BAG, CHUNK = 500, (64, None, None, None)  # the last chunk is smaller
-CONTRASTIVE, CONTRASTIVE_CHUNK = 512, (32, None, None, None)
+BAG, CHUNK = 130, (48, None, None, None)  # the last chunk is smaller
+CONTRASTIVE, CONTRASTIVE_CHUNK = 96, (28, None, None, None)
 
 
 # Encoders, each with its own pooling and without a classifier, and how many features they return.
@@ -227,40 +225,12 @@ def test_frozen_batch_norm_does_not() -> None:
 # Peak memory, counted.
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that are alive at a time of what operations make, each storage once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage(), before)
-        self.bytes = max(self.bytes, self.now)
-        return result
-
-    def count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        key = storage._cdata
-        if key not in before and key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.release, key)
-
-    def release(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
-
-
 def peak(model: nn.Module, images: torch.Tensor) -> int:
     """Of a training step, beyond the images and the parameters."""
     model.zero_grad(set_to_none=True)
-    with Peak() as mode:
+    with LiveBytes() as live:
         model(images)[0].sum().backward()
-    return mode.bytes
+    return live.peak
 
 
 @pytest.mark.parametrize("image_grad", [False, True])

@@ -58,6 +58,7 @@ def test_training(tmp_path: Path) -> None:
     assert streamed["live_bytes"] < 0.5 * plain["live_bytes"]
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     if importlib.util.find_spec("lightstream") is None:
         pytest.skip("lightstream is not installed")

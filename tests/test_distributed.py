@@ -20,14 +20,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import start_processes
+from torch.multiprocessing import ProcessRaisedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import fxstream
 
 PROCESSES = 2
 SECONDS = 240
-"""After which a test fails, should processes wait for one another; it takes a few."""
+"""After which tests fail, should processes wait for one another; they take a few."""
 TILE = 9
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -167,68 +167,90 @@ def fsdp_before_the_conversion() -> None:
         fxstream.convert(model, TILE)
 
 
-def in_process(rank: int, meeting_point: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+Work = tuple[Callable[..., None], tuple[Any, ...]]
+
+DDP: dict[str, Work] = {
+    "SGD": (ddp, (torch.optim.SGD, {})),
+    "AdamW": (ddp, (torch.optim.AdamW, {})),
+    "static_graph": (ddp, (torch.optim.AdamW, {"static_graph": True})),
+    "gradient_as_bucket_view": (ddp, (torch.optim.AdamW, {"gradient_as_bucket_view": True})),
+    "accumulated gradients": (ddp_accumulates, ()),
+    "images of different sizes": (ddp_with_images_of_different_sizes, ()),
+}
+FSDP: dict[str, Work] = {
+    "whole": (fsdp, ([], {})),
+    "head apart": (fsdp, (["fc"], {})),
+    "whole, resharded": (fsdp, ([], {"reshard_after_forward": True})),
+    "head apart, resharded": (fsdp, (["fc"], {"reshard_after_forward": True})),
+    "of a streamed module is refused": (fsdp_of_a_streamed_module, ()),
+    "before the conversion is refused": (fsdp_before_the_conversion, ()),
+}
+
+
+def in_process(rank: int, folder: Path, works: dict[str, Work]) -> None:
+    """One process: do all of it in order, and leave a file for each that is done."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     limit = timedelta(seconds=SECONDS / 2)
-    dist.init_process_group("gloo", init_method=meeting_point.as_uri(), rank=rank, world_size=PROCESSES, timeout=limit)
-    try:
-        work(*arguments)
-    except BaseException:
-        # Raised in the test is the first to come; another's may be the cause.
-        print(f"Process {rank}: {traceback.format_exc()}", file=sys.stderr)
-        raise
+    meeting_point = (folder / "meeting_point").as_uri()
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=PROCESSES, timeout=limit)
+    for name, (work, arguments) in works.items():
+        torch.manual_seed(0)
+        try:
+            work(*arguments)
+        except BaseException:
+            # Raised in the test is the first to come; another's may be the cause.
+            print(f"Process {rank}, {name}: {traceback.format_exc()}", file=sys.stderr)
+            raise
+        done(folder, name, rank).touch()
     dist.destroy_process_group()
 
 
-def run(folder: Path, work: Callable[..., None], *arguments: Any) -> None:
-    """Do it in all processes; what one of them raises is raised here, with its traceback."""
-    # Forked from a process that has done no more than import: fast, and without this one's threads.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "fxstream"])
-    context = start_processes(
-        in_process,
-        (folder / "meeting_point", work, arguments),
-        nprocs=PROCESSES,
-        join=False,
-        start_method="forkserver",
-    )
-    end = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1):
-            if time.monotonic() > end:
-                pytest.fail(f"{work.__name__} took more than {SECONDS} s")
-    finally:
-        for process in context.processes:
-            process.kill()
+def done(folder: Path, name: str, rank: int) -> Path:
+    """The file that says that a process has done something."""
+    return folder / f"{name}.{rank}"
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
-def test_ddp(tmp_path: Path, optimiser: type[torch.optim.Optimizer]) -> None:
-    run(tmp_path, ddp, optimiser, {})
+class Ran:
+    """Several things done one after the other in all processes, which are started once for all of them."""
+
+    def __init__(self, folder: Path, works: dict[str, Work]):
+        self.folder = folder
+        self.failure = "nothing has failed"
+        # Forked from a process that has done no more than import: fast, and without this one's threads.
+        multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "fxstream"])
+        context = start_processes(in_process, (folder, works), nprocs=PROCESSES, join=False, start_method="forkserver")
+        end = time.monotonic() + SECONDS
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > end:
+                    self.failure = f"it took more than {SECONDS} s"
+                    break
+        except ProcessRaisedException as error:
+            self.failure = str(error)
+        finally:
+            for process in context.processes:
+                process.kill()
+
+    def assert_done(self, name: str) -> None:
+        """Fails with what a process has raised, in this or in something before it."""
+        assert all(done(self.folder, name, rank).exists() for rank in range(PROCESSES)), self.failure
 
 
-@pytest.mark.parametrize("option", ["static_graph", "gradient_as_bucket_view"])
-def test_ddp_with_options(tmp_path: Path, option: str) -> None:
-    run(tmp_path, ddp, torch.optim.AdamW, {option: True})
+@pytest.fixture(scope="module")
+def ran_ddp(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return Ran(tmp_path_factory.mktemp("ddp"), DDP)
 
 
-def test_ddp_accumulates_gradients(tmp_path: Path) -> None:
-    run(tmp_path, ddp_accumulates)
+@pytest.fixture(scope="module")
+def ran_fsdp(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return Ran(tmp_path_factory.mktemp("fsdp"), FSDP)
 
 
-def test_ddp_with_images_of_different_sizes(tmp_path: Path) -> None:
-    run(tmp_path, ddp_with_images_of_different_sizes)
+@pytest.mark.parametrize("name", DDP)
+def test_ddp(ran_ddp: Ran, name: str) -> None:
+    ran_ddp.assert_done(name)
 
 
-@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": True}], ids=str)
-@pytest.mark.parametrize("apart", [[], ["fc"]], ids=["whole", "head apart"])
-def test_fsdp(tmp_path: Path, apart: list[str], options: dict[str, Any]) -> None:
-    run(tmp_path, fsdp, apart, options)
-
-
-def test_fsdp_of_a_streamed_module_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, fsdp_of_a_streamed_module)
-
-
-def test_fsdp_before_the_conversion_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, fsdp_before_the_conversion)
+@pytest.mark.parametrize("name", FSDP)
+def test_fsdp(ran_fsdp: Ran, name: str) -> None:
+    ran_fsdp.assert_done(name)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from test_work import flops
+from counting import flops
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
 
 import fxstream
 from fxstream.memory.live import LiveBytes
@@ -40,8 +41,19 @@ class Heavy(nn.Module):
         return self.head(self.norm(self.conv(x))).mean((1, 2, 3))
 
 
+def _convnext() -> nn.Module:
+    """A convnext_tiny of a block per stage, and half as wide."""
+    stages = [
+        CNBlockConfig(48, 96, 1),
+        CNBlockConfig(96, 192, 1),
+        CNBlockConfig(192, 384, 1),
+        CNBlockConfig(384, None, 1),
+    ]
+    return torchvision.models.ConvNeXt(stages, num_classes=3)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (1, 3, 640, 512), 128),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), (1, 3, 320, 256), 96),
     "late weights": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 16, 4, 4),
@@ -49,11 +61,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
             nn.Conv2d(16, 512, 8, 8),
             *(nn.Conv2d(512, 512, 3, padding=1) for _ in range(3)),
         ),
-        (1, 3, 640, 512),
+        (1, 3, 384, 320),
         64,
     ),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=3), (2, 3, 301, 523), (2, 3, 64, None)),
-    "convnext": (lambda: torchvision.models.convnext_tiny(num_classes=3), (1, 3, 256, 200), 96),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=3), (2, 3, 301, 203), (2, 3, 64, None)),
+    "convnext": (_convnext, (1, 3, 256, 200), 96),
     "unet": (UNet, (1, 3, 512, 384), (64, 100)),
     "one tile": (UNet, (2, 3, 128, 128), 1000),
     "bags": (

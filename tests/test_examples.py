@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -40,10 +41,24 @@ def python(*arguments: str | Path, seconds: float = 300) -> None:
     assert process.returncode == 0, written
 
 
+OPTIONS = ("--steps", "2", "--size", "64", "--tile", "27")
+"""Of the examples; the tile divides nothing."""
+
+
 def train(folder: Path, script: str, *launcher: str) -> Weights:
-    """What the example saves after two steps; a tile that divides nothing."""
+    """What the example saves after two steps, as a command."""
     file = folder / "weights.pt"
-    python(*launcher, EXAMPLES / script, "--steps", "2", "--size", "64", "--tile", "27", "--save", file)
+    python(*launcher, EXAMPLES / script, *OPTIONS, "--save", file)
+    weights: Weights = torch.load(file)
+    return weights
+
+
+def train_here(folder: Path, script: str, patch: pytest.MonkeyPatch) -> Weights:
+    """The same in this process, which saves the time to start one."""
+    file = folder / "weights.pt"
+    patch.syspath_prepend(EXAMPLES)
+    patch.setattr(sys, "argv", [script, *OPTIONS, "--save", str(file)])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     weights: Weights = torch.load(file)
     return weights
 
@@ -71,11 +86,14 @@ def covered(plain: Weights) -> float:
     return distance(untrained, plain)
 
 
-def test_lightning_trains_as_the_plain_loop_does(tmp_path: Path, plain: Weights, covered: float) -> None:
+def test_lightning_trains_as_the_plain_loop_does(
+    tmp_path: Path, plain: Weights, covered: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lightning")
-    assert distance(train(tmp_path, "train_lightning.py"), plain) < 1e-6 * covered
+    assert distance(train_here(tmp_path, "train_lightning.py", monkeypatch), plain) < 1e-6 * covered
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path, plain: Weights, covered: float) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     # float32, and Adam divides by gradients that are close to nothing.

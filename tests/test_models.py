@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -34,23 +34,26 @@ import fxstream
 FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
     ("alexnet", (3, 131, 97), (64, 48), "features_12"),
     ("vgg11", (1, 65, 97), 64, "features_20"),
-    ("vgg16", (1, 67, 33), 32, "features_30"),
     ("vgg13_bn", (1, 97, 33), (None, 32), "features_34"),
     ("squeezenet1_0", (3, 101, 67), 32, "classifier_3"),
     ("squeezenet1_1", (1, 129, 64), 128, "classifier_3"),
     ("resnet18", (3, 131, 97), 32, "avgpool"),
     ("resnet18", (1, 257, 163), 256, "avgpool"),
     ("resnet18", (1, 211, 300), 512, "avgpool"),
-    ("resnet34", (1, 127, 33), (32, None), "avgpool"),
     ("resnet50", (1, 65, 131), 64, "avgpool"),
-    ("resnext50_32x4d", (1, 97, 61), 48, "avgpool"),
-    ("wide_resnet50_2", (1, 61, 37), 32, "avgpool"),
     ("densenet121", (1, 97, 71), 64, "adaptive_avg_pool2d"),
-    ("densenet169", (1, 67, 65), (32, 64), "adaptive_avg_pool2d"),
     ("mobilenet_v2", (3, 103, 65), (3, 3, 64, 32), "adaptive_avg_pool2d"),
     ("mnasnet0_5", (3, 97, 131), (1, None, 32, 64), "mean"),
-    ("mnasnet1_0", (1, 67, 97), 33, "mean"),
     ("regnet_x_400mf", (2, 131, 71), (2, 3, 64, None), "avgpool"),
+]
+# Made of the same operations as one of those above.
+SIBLINGS: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
+    ("vgg16", (1, 67, 33), 32, "features_30"),
+    ("resnet34", (1, 127, 33), (32, None), "avgpool"),
+    ("resnext50_32x4d", (1, 97, 61), 48, "avgpool"),
+    ("wide_resnet50_2", (1, 61, 37), 32, "avgpool"),
+    ("densenet169", (1, 67, 65), (32, 64), "adaptive_avg_pool2d"),
+    ("mnasnet1_0", (1, 67, 97), 33, "mean"),
     ("regnet_x_800mf", (1, 65, 64), 64, "avgpool"),
 ]
 
@@ -74,7 +77,11 @@ def normed(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "shape", "tile", "last"), FAMILIES, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize(
+    ("name", "shape", "tile", "last"),
+    [*FAMILIES, *(pytest.param(*family, marks=pytest.mark.slow) for family in SIBLINGS)],
+    ids=lambda value: str(value).replace(" ", ""),
+)
 def test_family(name: str, shape: tuple[int, int, int], tile: Any, last: str | Sequence[str]) -> None:
     batch, height, width = shape
     assert_exact(build(name), (batch, 3, height, width), tile, last=last)
@@ -157,11 +164,18 @@ def test_reduced_family(name: str) -> None:
         assert_exact(model, (batch, 3, *size), tile, last=last)
 
 
-@pytest.mark.parametrize("transform_input", [False, True])
-@pytest.mark.parametrize("aux_logits", [False, True])
-@pytest.mark.parametrize(("name", "size"), [("googlenet", (65, 97)), ("inception_v3", (101, 83))])
-def test_inception(name: str, size: tuple[int, int], aux_logits: bool, transform_input: bool) -> None:
+INCEPTIONS = [("googlenet", True, False), ("googlenet", False, True), ("inception_v3", False, False)]
+"""Each option once: the name, aux_logits, transform_input."""
+OTHER_INCEPTIONS = sorted({*product(("googlenet", "inception_v3"), (False, True), (False, True))} - {*INCEPTIONS})
+
+
+@pytest.mark.parametrize(
+    ("name", "aux_logits", "transform_input"),
+    [*INCEPTIONS, *(pytest.param(*options, marks=pytest.mark.slow) for options in OTHER_INCEPTIONS)],
+)
+def test_inception(name: str, aux_logits: bool, transform_input: bool) -> None:
     model = build(name, init_weights=False, aux_logits=aux_logits, transform_input=transform_input)
+    size = (65, 97) if name == "googlenet" else (101, 83)
     assert_exact(model, (2, 3, *size), 64, last="avgpool")
 
 

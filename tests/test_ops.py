@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -1116,11 +1117,12 @@ CASES = [
 def test_rule(case: Case) -> None:
     _prepare(case.op)
     check = partial(check_op, case.op, case.shape, args=case.args, kwargs=case.kwargs, axes=case.axes)
+    seed = crc32(str(case).encode())  # other sizes, axes and tiles for every case, the same in every run
     if not case.fixed:
-        check(trials=case.trials)
+        check(trials=case.trials, seed=seed)
         return
-    for seed in range(case.trials):
-        check(trials=1, seed=seed)
+    for trial in range(case.trials):
+        check(trials=1, seed=seed + trial)
 
 
 def _prepare(op: Op) -> None:
@@ -1146,6 +1148,10 @@ def _is_built_in(function: Callable[..., Any]) -> bool:
 
 def _reached(case: Case) -> Iterator[Any]:
     """The keys of the registry under which the traced graph of a case is looked up."""
+    key = type(case.op) if isinstance(case.op, nn.Module) else case.op
+    if key in _RULES:  # check_op makes one node of it
+        yield key
+        return
     if isinstance(case.op, nn.Module):
         case.op.eval()
     traced = trace(_as_module(case.op, case.args, dict(case.kwargs)), {}, False)

@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 import pytest
@@ -798,7 +799,28 @@ def cases(draw: Draw) -> Case:
     return network, draw(tile_shapes(network)), draw(st.booleans()), budget, draw(sizes(len(network.shape) - 2))
 
 
-def check(network: Network, tile_shape: Any, freeze: bool, budget: int, other: Shape) -> None:
+@dataclass
+class Tally:
+    """Of a run's networks, how many were compared, and how many of those differed without telling anything.
+
+    Nothing is known of a wrong result where rounding errors alone could have caused it. An error of fxstream must not
+    hide among such networks, so there may be only few.
+    """
+
+    compared: int = 0
+    discarded: int = 0
+
+    def discard(self) -> None:
+        self.discarded += 1
+        event("ill-conditioned")
+
+    def assert_few_discarded(self) -> None:
+        """At most 2%, and one in a short run."""
+        allowed = max(1, self.compared // 50)
+        assert self.discarded <= allowed, f"{self.discarded} of {self.compared} networks are ill-conditioned and differ"
+
+
+def check(network: Network, tile_shape: Any, freeze: bool, budget: int, other: Shape, tally: Tally) -> None:
     """The property: streamed whole and exactly, or refused where the plain model fails on the size."""
     freeze = freeze and not network.may_stop  # a batch norm in the head keeps its mode
     options: dict[str, Any] = {"freeze_batchnorm": freeze, "memory_budget": budget}
@@ -837,17 +859,21 @@ def check(network: Network, tile_shape: Any, freeze: bool, budget: int, other: S
         assert network.may_stop or not left, f"not streamed: {left}"
         if freeze:
             freeze_batchnorms(model, converted)
+        tally.compared += 1
         try:
             compare(model, converted, image)
         except AssertionError:
-            assume(_well_conditioned(model, image))
+            if not _well_conditioned(model, image):
+                tally.discard()
+                return
             # torch's gradient of a batch norm is wrong for some layouts, see test_regressions.py.
             compare(_written_out(model), converted, image)
         if not network.fixed and not network.may_stop and not network.unused():
-            check_size(network, plain, converted, torch.randn(*network.shape[:2], *other, dtype=torch.double))
+            image = torch.randn(*network.shape[:2], *other, dtype=torch.double)
+            check_size(network, plain, converted, image, tally)
 
 
-def check_size(network: Network, plain: nn.Module, converted: nn.Module, image: torch.Tensor) -> None:
+def check_size(network: Network, plain: nn.Module, converted: nn.Module, image: torch.Tensor, tally: Tally) -> None:
     """An image of another size, on which the network may fail."""
     with torch.no_grad():
         try:
@@ -867,7 +893,11 @@ def check_size(network: Network, plain: nn.Module, converted: nn.Module, image: 
             event("refused empty or broadcast rows")
             return
     for one, other in zip(got, expected, strict=True):
-        assert relative_error(one, other) < 1e-10 or not other.isfinite().all() or not _well_conditioned(plain, image)
+        if relative_error(one, other) < 1e-10 or not other.isfinite().all():
+            continue
+        assert not _well_conditioned(plain, image)
+        tally.discard()
+        return
 
 
 def sizes_agree(network: Network, model: nn.Module, image: torch.Tensor) -> bool:
@@ -944,7 +974,7 @@ class _Jitter(TorchDispatchMode):
 
 
 _QUICK = settings(
-    max_examples=100,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -953,13 +983,32 @@ _QUICK = settings(
 _LONG = settings(_QUICK, max_examples=EXAMPLES // PARTS, derandomize=False)
 
 
-@_QUICK
-@given(cases())
-def test_random_networks_are_streamed_exactly(case: Case) -> None:
-    check(*case)
+def explore(start: int, options: settings) -> None:
+    """Draw networks from the seed `start`, which pytest shows where a test fails, and check them."""
+    print(f"seed {start}")
+    tally = Tally()
+    seed(start)(options(given(cases())(lambda case: check(*case, tally))))()
+    tally.assert_few_discarded()
+
+
+@pytest.mark.parametrize("part", range(PARTS))  # for as many processes
+def test_random_networks_are_streamed_exactly(part: int) -> None:
+    explore(part, _QUICK)
+
+
+def test_random_networks_of_the_day_are_streamed_exactly() -> None:
+    """Others every day: a search, where the test above repeats itself."""
+    explore(date.today().toordinal(), _QUICK)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))  # for as many processes
+@pytest.mark.parametrize("part", range(PARTS))
 def test_many_random_networks_are_streamed_exactly(part: int) -> None:
-    seed(random.randrange(2**32))(_LONG(given(cases())(lambda case: check(*case))))()
+    explore(random.randrange(2**32), _LONG)
+
+
+@pytest.mark.parametrize(("compared", "discarded"), [(25, 1), (199, 3), (500, 10)])
+def test_a_run_may_discard_a_few_networks_and_no_more(compared: int, discarded: int) -> None:
+    Tally(compared, discarded).assert_few_discarded()
+    with pytest.raises(AssertionError, match=f"{discarded + 1} of {compared} networks are ill-conditioned"):
+        Tally(compared, discarded + 1).assert_few_discarded()

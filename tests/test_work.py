@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from reference import live_bytes
+from counting import flops
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import DenseNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
 import fxstream
 from fxstream.memory.live import LiveBytes
-
-
-def flops(function: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return int(counter.get_total_flops())
 
 
 def trunk(name: str) -> nn.Module:
@@ -29,12 +25,35 @@ def trunk(name: str) -> nn.Module:
     return torchvision.models.get_model(name, num_classes=4).eval()
 
 
+def bottlenecks() -> nn.Module:
+    """A resnet50 of one unit per stage."""
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=4).eval()
+
+
+def dense() -> nn.Module:
+    """A densenet of two narrow layers per block."""
+    return DenseNet(8, (2, 2, 2, 2), 16, num_classes=4).eval()
+
+
 @pytest.mark.parametrize("image_grad", [False, True])
-@pytest.mark.parametrize(("name", "tile"), [("resnet50", 64), ("resnet18", 32), ("resnet18", 100), ("densenet121", 64)])
-def test_a_training_step_costs_one_more_forward_of_the_prefix(name: str, tile: int, image_grad: bool) -> None:
-    model = trunk(name)
+@pytest.mark.parametrize(
+    ("build", "tile", "size"),
+    [
+        pytest.param(bottlenecks, 64, (131, 97), id="bottlenecks-64"),
+        pytest.param(partial(trunk, "resnet18"), 32, (131, 67), id="resnet18-32"),
+        pytest.param(partial(trunk, "resnet18"), 100, (203, 161), id="resnet18-100"),
+        pytest.param(dense, 64, (131, 97), id="dense-64"),
+        pytest.param(partial(trunk, "resnet50"), 64, (203, 161), id="resnet50-64", marks=pytest.mark.slow),
+        pytest.param(partial(trunk, "resnet18"), 32, (203, 161), id="resnet18-32-larger", marks=pytest.mark.slow),
+        pytest.param(partial(trunk, "densenet121"), 64, (203, 161), id="densenet121-64", marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_step_costs_one_more_forward_of_the_prefix(
+    build: Callable[[], nn.Module], tile: int, size: tuple[int, int], image_grad: bool
+) -> None:
+    model = build()
     converted = fxstream.convert(model, tile)
-    image = torch.randn(1, 3, 203, 161, requires_grad=image_grad)
+    image = torch.randn(1, 3, *size, requires_grad=image_grad)
     plain = flops(lambda: model(image).sum().backward())
     prefix = flops(lambda: converted.streamed(image.detach().requires_grad_(False)))
     streamed = flops(lambda: converted(image).sum().backward())
@@ -81,8 +100,8 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def largest_allocation(model: nn.Module, size: int, image_grad: bool) -> int:
-    image = torch.randn(1, 3, size, size, requires_grad=image_grad)
+def largest_allocation(model: nn.Module, size: tuple[int, int], image_grad: bool) -> int:
+    image = torch.randn(1, 3, *size, requires_grad=image_grad)
     with torch.no_grad():
         output = model(image)
     # The image, the outputs and their gradients aside; and the parameters' gradients, which depend on neither.
@@ -96,12 +115,14 @@ def largest_allocation(model: nn.Module, size: int, image_grad: bool) -> int:
 def test_the_largest_tensor_depends_on_the_tile_and_not_on_the_image(image_grad: bool) -> None:
     model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:8].eval()
     converted = fxstream.convert(model, 64)
-    sizes = {size: largest_allocation(converted, size, image_grad) for size in (256, 512, 2048)}
-    assert sizes[256] == sizes[512] == sizes[2048]
-    assert sizes[256] < largest_allocation(model, 256, image_grad) / 3
+    small, large, wide = (
+        largest_allocation(converted, size, image_grad) for size in ((256, 256), (512, 512), (128, 2048))
+    )
+    assert small == large == wide
+    assert small < largest_allocation(model, (256, 256), image_grad) / 3
     # Twice the tile: about four times the block.
-    wider = largest_allocation(fxstream.convert(model, 128), 512, image_grad)
-    assert 3 * sizes[512] < wider < 5 * sizes[512]
+    wider = largest_allocation(fxstream.convert(model, 128), (512, 512), image_grad)
+    assert 3 * small < wider < 5 * small
 
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
@@ -109,8 +130,8 @@ def test_what_is_pooled_globally_is_never_put_together(pool: type[nn.Module]) ->
     """A wide value in front of the pooling would otherwise be the largest tensor by far."""
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), pool(1), nn.Flatten())
     converted = fxstream.convert(model, 32)
-    sizes = {size: largest_allocation(converted, size, image_grad=True) for size in (64, 384)}
-    assert sizes[384] == sizes[64]
+    small, large = (largest_allocation(converted, (size, size), image_grad=True) for size in (64, 384))
+    assert large == small
 
 
 def saved_bytes(function: Callable[[], torch.Tensor]) -> int:
@@ -131,11 +152,10 @@ def saved_bytes(function: Callable[[], torch.Tensor]) -> int:
 def test_inference_saves_nothing(context: Callable[[], Any]) -> None:
     converted = fxstream.convert(trunk("resnet18"), 64)
     image = torch.randn(1, 3, 256, 256)
-    with context():
-        before = live_bytes()
+    with context(), LiveBytes() as live:
         output = converted.streamed(image)
-        assert output.grad_fn is None
-        assert live_bytes() - before == output.nbytes
+    assert output.grad_fn is None
+    assert live.now == output.nbytes
 
 
 def test_a_frozen_model_saves_nothing() -> None:
@@ -160,24 +180,14 @@ def test_only_carries_are_saved_besides_image_and_state() -> None:
 def test_memory_of_inference_is_released_as_the_scan_goes() -> None:
     """Only the carries of a band are alive at a time: the peak does not grow with the height."""
 
-    class Peak(TorchDispatchMode):
-        peak = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.convolution.default and args[0].shape[1] == 3:  # once a tile
-                self.peak = max(self.peak, live_bytes())
-            return result
-
     model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:8].eval()
     converted = fxstream.convert(model, 64)
     peaks = []
     for height in (256, 1024):
         image = torch.randn(1, 3, height, 128)
-        before = live_bytes()
-        with torch.no_grad(), Peak() as mode:
+        with torch.no_grad(), LiveBytes() as live:
             output = converted(image)
-        peaks.append(mode.peak - before - output.nbytes)
+        peaks.append(live.peak - output.nbytes)
     assert peaks[1] <= 1.01 * peaks[0]
 
 
