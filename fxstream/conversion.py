@@ -12,7 +12,7 @@ from .errors import NothingToStreamError, ShardedError, StreamingError, Streamin
 from .graph.nodes import spatial_axes
 from .graph.partition import partition
 from .graph.prefix import Prefix, find_prefix, image_names, image_node
-from .graph.trace import trace
+from .graph.trace import Trace, trace
 from .model.converted import Converted
 from .model.streamed import Streamed
 from .scan.checks import is_sharded
@@ -95,9 +95,9 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_unwrapped(model)
-    _check_names(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = trace(model, {}, freeze_batchnorm)
+    _check_names(traced)
     names = image_names(traced, example_input)
     settings = Settings(names, parse_tile_shape(tile_shape, names), freeze_batchnorm, parse_bytes(memory_budget))
     settings.check()
@@ -114,9 +114,11 @@ def convert(
     return Converted(model, prefix.trace.constants, outer, name, part)
 
 
-def _check_names(model: nn.Module) -> None:
+def _check_names(traced: Trace) -> None:
+    """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
     taken = set(dir(Converted)) - set(dir(nn.Module))
-    own = {*model._modules, *model._parameters, *model._buffers, *vars(model)} - set(vars(nn.Module()))
+    model, read = traced.root, traced.assumptions.attributes.get("", {})
+    own = {*model._modules, *model._parameters, *model._buffers, *read}
     if clash := sorted(own & taken):
         raise StreamingError(
             f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from counting import flops
+from reference import flops
 from torch import nn
 
 import fxstream

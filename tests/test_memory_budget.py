@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from counting import flops
+from reference import flops
 from torch import nn
 
 import fxstream

@@ -415,11 +415,8 @@ def test_a_submodule_may_have_a_name_that_fx_uses_for_data(name: str) -> None:
 @pytest.mark.parametrize("name", ["tile_shape", "memory_budget", "graph", "recompile"])
 @pytest.mark.parametrize("value", [nn.ReLU(), 3], ids=["a module", "a number"])
 def test_a_name_that_the_converted_model_needs_is_refused(name: str, value: Any) -> None:
-    model = Trunk(lambda m, y: y)
-    model.__dict__[name] = value
-    if isinstance(value, nn.Module):
-        del model.__dict__[name]
-        model.add_module(name, value)
+    model = Trunk(lambda m, y: getattr(m, name)(y) if isinstance(value, nn.Module) else y * getattr(m, name))
+    setattr(model, name, value)
     with pytest.raises(fxstream.StreamingError, match=f"attribute '{name}', a name that the converted model"):
         fxstream.convert(model, 8)
 
