@@ -3,7 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean
+# The interpreter of `make test-oldest`: the oldest that pyproject.toml names.
+PYTHON_OLDEST ?= python3.10
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-slow test-oldest lint bench build clean
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +19,10 @@ test: .venv/test
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
+# The same tests on the oldest Python and the oldest releases of what fxstream depends on.
+test-oldest: $(OLDEST)/test
+	$(OLDEST)/bin/python -m pytest -n 2
+
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,10 +31,21 @@ lint: .venv/test
 bench: .venv/bench
 	$(BIN)/python benchmarks/compare.py --models resnet18 --ways conventional fxstream --sizes 4096 --tiles 256 384 512 --repeats 2
 
-.venv/test .venv/examples .venv/bench: .venv/%: pyproject.toml
+# The sdist and the wheel, in dist/.
+build: .venv/build
+	$(BIN)/python -m build
+
+.venv/test .venv/examples .venv/bench .venv/build: .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
+# The minimum of each core dependency ("torch>=2.6") becomes its only allowed release ("torch==2.6").
+$(OLDEST)/test: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(OLDEST)
+	sed -n '/^dependencies = /s/>=/==/gp' pyproject.toml | grep -o '[a-z]*==[0-9.]*' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv $(OLDEST) dist
