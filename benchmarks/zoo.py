@@ -107,8 +107,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "docs" / "torchvision.md")
     parser.add_argument("--only", nargs="*", help="print these models only, and write nothing")
     options = parser.parse_args()
-    text = "# What of torchvision's models streams\n\nWritten by `python benchmarks/zoo.py`, "
-    text += f"with torchvision {torchvision.__version__}. Sizes in pixels.\n"
+    text = "# How much of torchvision's models streams\n\nWritten by `python benchmarks/zoo.py`, "
+    text += f"with torchvision {torchvision.__version__}. "
+    text += "Receptive fields and strides are in pixels.\n"
     for module, kind in _KINDS.items():
         names = [
             name

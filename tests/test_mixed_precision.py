@@ -157,6 +157,8 @@ def test_a_module_in_the_streamed_part_and_in_the_head_gets_both_gradients(
             output = model(image)
         output.float()[:, 1].sum().backward()
         found.append(gradients(model))
+    if inference_first and found[0]["conv.weight"] is None:
+        pytest.skip("torch before 2.11: a weight that inference has cast has no gradient, in the plain model either")
     assert_close_and_not_zero(found[1], found[0], 2e-2)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from reference import randomise
 from timm.layers import DropPath, drop_path
-from torch import nn
+from torch import fx, nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
@@ -31,6 +31,7 @@ from fxstream.geometry.window import Sliding, Span
 from fxstream.graph.trace import trace
 from fxstream.ops import Local, pointwise, register
 from fxstream.ops.border import fit
+from fxstream.ops.pool import INFINITE_IS_MAXIMUM
 from fxstream.ops.registry import _RULES
 from fxstream.testing import _as_module, check_op
 
@@ -41,6 +42,21 @@ SHAPES = {1: LINE, 2: PLANE, 3: VOLUME}
 
 Op = nn.Module | Callable[..., Any]
 Options = dict[str, Any]
+
+
+def _works(call: Callable[[], Any]) -> bool:
+    """Whether this release of torch can do something; the oldest supported one cannot do everything."""
+    try:
+        call()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+LDEXP_IN_PLACE = _works(lambda: torch.ones(1, requires_grad=True).clone().ldexp_(torch.ones(1)))
+"""Whether `ldexp_` has a gradient."""
+TRACES_SIZES = _works(lambda: fx.symbolic_trace(lambda x: torch.broadcast_to(x, (x.size(0), 4))))
+"""Whether torch.fx can trace a function of torch that is given a tuple which begins with a size read from a value."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +258,12 @@ AVG_POOLS: list[tuple[int, Options]] = [
     (3, {"kernel_size": (1, 2, 3), "stride": (2, 1, 2), "padding": (0, 1, 1), "count_include_pad": False}),
     (3, {"kernel_size": 2, "padding": 1, "divisor_override": 3}),
 ]
+
+
+def _has_norm(args: tuple[Any, ...]) -> bool:
+    return INFINITE_IS_MAXIMUM or abs(args[0]) != float("inf")
+
+
 LP_POOLS: list[tuple[int, tuple[Any, ...]]] = [
     (1, (2, 3)),
     (1, (3, 2, 3)),
@@ -266,8 +288,8 @@ POOL_CASES = [
         for axes, options in MAX_POOLS
     ),
     *(_call(getattr(nn, f"AvgPool{axes}d")(**options), shape=SHAPES[axes]) for axes, options in AVG_POOLS),
-    *(_call(getattr(nn, f"LPPool{axes}d")(*args), shape=SHAPES[axes]) for axes, args in LP_POOLS),
-    *(_call(getattr(F, f"lp_pool{axes}d"), *args, shape=SHAPES[axes]) for axes, args in LP_POOLS),
+    *(_call(getattr(nn, f"LPPool{axes}d")(*args), shape=SHAPES[axes]) for axes, args in LP_POOLS if _has_norm(args)),
+    *(_call(getattr(F, f"lp_pool{axes}d"), *args, shape=SHAPES[axes]) for axes, args in LP_POOLS if _has_norm(args)),
     *(_call(function, 3, 2, 1, shape=SHAPES[axes]) for axes in (1, 2, 3) for function in _MAXES[axes]),
     *(
         _call(function, 2, stride=1, dilation=2, ceil_mode=True, shape=SHAPES[axes])
@@ -536,7 +558,7 @@ SHAPE_CASES = [
     _call("repeat", 1, 1, 2, 3, axes="N"),
     *_named(
         {
-            "torch.reshape": lambda x: torch.reshape(x, (x.size(0), 2, 2, x.size(2), x.shape[3])),
+            "torch.reshape": lambda x: torch.reshape(x, (-1, 2, 2, x.size(2), x.shape[3])),
             ".reshape": lambda x: x.reshape(x.size(0), -1, 2, x.size(2), x.size(3)),
             ".view": lambda x: x.view(x.size(0), 2, -1, x.size(2), x.size(3)),
             ".view to a shape": lambda x: x.view(x.shape),
@@ -594,6 +616,7 @@ SIZE_CASES = [
             (".repeat of a token", lambda t, x: t.repeat(x.shape[0], 1, 1, 1), (1, 4, 1, 1), "N"),
             (".view of a token", lambda t, x: t.view(1, x.size(1), 1, 1), (4,), None),
         )
+        if TRACES_SIZES or label != "broadcast_to of a token"
     ),
 ]
 
@@ -896,7 +919,8 @@ DOMAINS: dict[Callable[[Any], Any], str] = {
         maximum minimum ne not_equal
     """,
     _bits: "and_ bitwise_and bitwise_not bitwise_or bitwise_xor invert or_ xor",
-    _untracked: "acosh_ asinh_ floor_divide floor_divide_ floordiv ifloordiv nextafter nextafter_",
+    _untracked: "acosh_ asinh_ floor_divide floor_divide_ floordiv ifloordiv nextafter nextafter_"
+    + (" ldexp_" if not LDEXP_IN_PLACE else ""),
 }
 DOMAIN = {name: domain for domain, names in DOMAINS.items() for name in names.split()}
 """What maps an image to where an operation is defined, without a tie that rounding breaks; `_fresh` elsewhere."""

@@ -142,6 +142,10 @@ def _counts(window: Sliding, span: Span, margin: int) -> tuple[int, ...]:
     return tuple(min(start + window.kernel, span.length + margin) - max(start, -margin) for start in starts)
 
 
+INFINITE_IS_MAXIMUM = F.lp_pool1d(torch.tensor([[[-2.0, 1.0]]]), math.inf, 2).item() == 2
+"""Whether torch takes the maximum for a norm of infinite order. Older releases use the general formula."""
+
+
 def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ceil_mode: bool) -> Local | NotLocal:
     """The answer for the p-norm of each window (torch.nn.LPPool2d).
 
@@ -150,6 +154,8 @@ def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ce
     if not isinstance(norm, (int, float)) or norm == 0:
         return NotLocal("takes a norm whose order is 0 or not known before the call")
     if math.isinf(norm):
+        if not INFINITE_IS_MAXIMUM:
+            return NotLocal("takes a norm of infinite order, which this release of torch does not compute")
         maximum = max_pooling(axes, x, kernel, stride, 0, 1, ceil_mode, False)
         sign = math.copysign(1, norm)
         return _wrapped(maximum, lambda block: sign * block.abs(), lambda pooled: sign * pooled)
