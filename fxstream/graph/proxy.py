@@ -125,19 +125,18 @@ _SEVERAL = set(
 _ARITHMETIC = ("_operator", inplace.__name__)
 
 
-def kind_of(node: fx.Node, module: Callable[[fx.Node], nn.Module]) -> Kind | None:
+def kind_of(node: fx.Node, sources: list[Kind | None], module: nn.Module | None) -> Kind | None:
     """What the value of a node is; None if that is not known while the model is traced.
 
-    `module` gives the module that a node calls.
+    `sources` are the kinds of `node.all_input_nodes`; `module` is what the node calls, if it calls a module.
     """
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    sources = [kind_of(source, module) for source in node.all_input_nodes]
     if node.op == "placeholder":
         return None if node.args else "tensor"  # an argument with a default may be anything
     if node.op == "get_attr":
         return "number" if name.endswith("training") else "tensor"
-    if node.op == "call_module":
-        return "tensor" if _returns_tensor(module(node)) else None
+    if module is not None:
+        return "tensor" if _returns_tensor(module) else None
     if node.op == "call_method":
         if name == "size" and len(node.args) + len(node.kwargs) == 1:
             return "sizes"

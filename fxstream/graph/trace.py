@@ -91,6 +91,7 @@ class _Tracer(fx.Tracer):
         self.classes: dict[nn.Module, type] = {}
         self.flags: dict[fx.Node, tuple[str, bool]] = {}
         self.kinds: dict[fx.Node, Kind | None] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.region = _region()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -111,12 +112,16 @@ class _Tracer(fx.Tracer):
 
     def kind(self, node: fx.Node) -> Kind | None:
         """What the value of a node is, as far as that is known."""
-        if node not in self.kinds:
-            self.kinds[node] = kind_of(node, self._called)
+        waiting = [node]
+        while waiting:
+            sources = waiting[-1].all_input_nodes
+            if unknown := [source for source in sources if source not in self.kinds]:
+                waiting += unknown
+            else:
+                found = waiting.pop()
+                module = self.modules[str(found.target)] if found.op == "call_module" else None
+                self.kinds[found] = kind_of(found, [self.kinds[source] for source in sources], module)
         return self.kinds[node]
-
-    def _called(self, node: fx.Node) -> nn.Module:
-        return self.root.get_submodule(str(node.target))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks(m) or module_qualified_name in self.opaque:
@@ -153,6 +158,7 @@ class _Tracer(fx.Tracer):
         return super().to_bool(obj)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         with self._watched_flags(root), self._watched_functions(), answered_isinstance():
             return super().trace(root, concrete_args)
 
