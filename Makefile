@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTHON_OLDEST ?= python3.10
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest lint bench build clean
+.PHONY: demo test test-slow test-oldest mutations lint bench build clean
 
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
@@ -21,7 +21,11 @@ test-slow: .venv/test
 
 # The same tests on the oldest Python and the oldest releases of what fxstream depends on.
 test-oldest: $(OLDEST)/test
-	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
+
+# Small faults, drawn at random: does any test find them?
+mutations: .venv/test
+	$(BIN)/python tests/mutations.py --count 40 --seed 0
 
 lint: .venv/test
 	$(BIN)/ruff check .

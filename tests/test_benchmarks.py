@@ -34,6 +34,13 @@ def bench(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((folder / "bench.json").read_text())
 
 
+def test_a_streamed_case_is_counted() -> None:
+    case = {"model": "notebook", "size": 96, "mode": "training", "way": "fxstream", "tile": 32}
+    counted = json.loads(python("measure.py", "counted", json.dumps(case)))
+    assert all(counted[key] > 0 for key in ("flops", "live_bytes", "held_bytes"))
+
+
+@pytest.mark.slow
 def test_training(tmp_path: Path) -> None:
     found = bench(tmp_path, "--sizes", "160", "--tiles", "32", "--ways", "conventional", "fxstream", "budgeted")
     assert found["environment"]["threads"] == 1

@@ -64,7 +64,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
         (1, 3, 384, 320),
         64,
     ),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=3), (2, 3, 301, 203), (2, 3, 64, None)),
+    "mobilenet_v2": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=3, width_mult=0.25),
+        (2, 3, 301, 203),
+        (2, 3, 96, None),
+    ),
     "convnext": (_convnext, (1, 3, 256, 200), 96),
     "unet": (UNet, (1, 3, 512, 384), (64, 100)),
     "one tile": (UNet, (2, 3, 128, 128), 1000),
@@ -123,7 +127,7 @@ def test_what_a_training_step_takes(name: str) -> None:
     assert f"{estimate.tiles} tiles" in str(estimate)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "unet", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "unet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_what_inference_takes(name: str) -> None:
     build, shape, tile = MODELS[name]
     model = build().eval()

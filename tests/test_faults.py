@@ -111,10 +111,19 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("at", "error", "autocast"),
-    [(1, torch.OutOfMemoryError, False), (TILES, KeyboardInterrupt, True), (2 * TILES, torch.OutOfMemoryError, False)],
+    ("what", "at", "error", "autocast"),
+    [
+        ("forward", 1, torch.OutOfMemoryError, False),
+        ("forward", TILES, KeyboardInterrupt, True),
+        ("recompute", TILES, KeyboardInterrupt, True),
+        ("recompute", 2 * TILES, torch.OutOfMemoryError, False),
+        ("hook", 1, torch.OutOfMemoryError, False),
+        ("hook", TILES, KeyboardInterrupt, True),
+        pytest.param("forward", 2 * TILES, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
+        pytest.param("recompute", 1, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
+        pytest.param("hook", 2 * TILES, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("what", ["forward", "recompute", "hook"])
 def test_a_fault_inside_a_tile_leaves_nothing_behind(
     what: str, at: int, error: type[BaseException], autocast: bool
 ) -> None:

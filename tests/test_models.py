@@ -386,7 +386,9 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("tile", "size"), [(24, (41, 37)), ((None, 7), (17, 31))], ids=str)
+@pytest.mark.parametrize(
+    ("tile", "size"), [(24, (41, 37)), pytest.param((None, 7), (17, 31), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_prediction(name: str, tile: Any, size: tuple[int, int]) -> None:
     build, last, _, warns = DENSE[name]
@@ -394,7 +396,8 @@ def test_dense_prediction(name: str, tile: Any, size: tuple[int, int]) -> None:
         assert_exact(PlainDict(normed(build())), (1, 3, *size), tile, last=last)
 
 
-@pytest.mark.parametrize("name", DENSE)
+# Along the batch, deeplab has nothing that fcn and lraspp have not.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deeplab" else n for n in DENSE])
 def test_dense_prediction_along_the_batch(name: str) -> None:
     build, _, last, _ = DENSE[name]
     assert_exact(PlainDict(normed(build())), (3, 3, 17, 23), (2, None, None, None), last=last)

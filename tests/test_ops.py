@@ -71,7 +71,7 @@ class Case:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     fixed: bool = False
     """Whether all images have just this shape, and not one of at most it."""
-    trials: int = 4
+    trials: int = 3
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
     def __str__(self) -> str:

@@ -92,7 +92,7 @@ def largest_allocation(model: nn.Module, size: tuple[int, int], image_grad: bool
 
 @pytest.mark.parametrize("image_grad", [False, True])
 def test_the_largest_tensor_depends_on_the_tile_and_not_on_the_image(image_grad: bool) -> None:
-    model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:8].eval()
+    model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:5].eval()
     converted = fxstream.convert(model, 64)
     small, large, wide = (
         largest_allocation(converted, size, image_grad) for size in ((256, 256), (512, 512), (128, 2048))
@@ -159,7 +159,7 @@ def test_only_carries_are_saved_besides_image_and_state() -> None:
 def test_memory_of_inference_is_released_as_the_scan_goes() -> None:
     """Only the carries of a band are alive at a time: the peak does not grow with the height."""
 
-    model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:8].eval()
+    model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:5].eval()
     converted = fxstream.convert(model, 64)
     peaks = []
     for height in (256, 1024):
