@@ -507,3 +507,20 @@ def test_a_rule_that_computes_with_a_parameter_in_its_body_is_refused(monkeypatc
         return Local((x,), x.dims, lambda block: block * factor.exp())
 
     assert_exact(model, IMAGE, 8, whole=True)
+
+
+def _if_grad(m: Any, y: torch.Tensor) -> torch.Tensor:
+    return y * 2 if torch.is_grad_enabled() else y
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_whether_gradients_are_enabled_is_asked_at_every_call() -> None:
+    with pytest.raises(fxstream.TraceError, match=r"asks torch\.is_grad_enabled\(\), whose answer"):
+        fxstream.convert(Trunk(_if_grad), 8)
+    plain = Around(Trunk(_if_grad)).double()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            x = image()
+            torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=0)
+    assert torch.is_grad_enabled.__module__ != "fxstream.graph.trace"

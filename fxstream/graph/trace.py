@@ -11,6 +11,7 @@ Three things differ from `torch.fx.symbolic_trace`.
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 from collections import OrderedDict
@@ -164,8 +165,12 @@ class _Tracer(fx.Tracer):
 
     @contextmanager
     def _watched_functions(self) -> Iterator[None]:
-        """While tracing, calling an autograd.Function with a proxy fails: the graph might not record the call."""
+        """While tracing, functions of torch that a graph does not record fail.
+
+        These are an autograd.Function that is called with a proxy, and questions about the state of a call.
+        """
         apply = vars(torch.autograd.Function)["apply"]
+        questions = {name: getattr(torch, name) for name in _QUESTIONS}
 
         def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
@@ -173,10 +178,14 @@ class _Tracer(fx.Tracer):
             return apply.__get__(None, kind)(*args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(refusing)
+        for name, function in questions.items():
+            setattr(torch, name, _refused_question(function))
         try:
             yield
         finally:
             torch.autograd.Function.apply = apply
+            for name, function in questions.items():
+                setattr(torch, name, function)
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
@@ -230,6 +239,22 @@ class _Tracer(fx.Tracer):
         kind: Any = type(original)
         watched: type[nn.Module] = kind(original.__name__, (_Unannounced, original), names)
         return watched
+
+
+_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+"""What a forward may ask torch about a call; the answer of the conversion would stay in the graph."""
+
+
+def _refused_question(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which answers torch and us, but refuses a user's forward."""
+
+    def answer(*args: Any) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.partition(".")[0] in ("torch", "fxstream"):
+            return function(*args)
+        raise UnrecordedError(f"it asks torch.{function.__name__}(), whose answer fx does not record")
+
+    return answer
 
 
 class _Unannounced:
