@@ -20,8 +20,17 @@ ORDER = ["errors", "geometry", "ops", "graph", "scan", "memory", "model"]
 ORDER += ["conversion", "estimate", "analysis", "testing", "__init__"]
 
 
+def packages(node: ast.AST) -> Iterator[str]:
+    """The packages that an import statement names; "." for this one."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield "." if node.level else str(node.module).partition(".")[0]
+
+
 def imports(module: str, node: ast.AST) -> Iterator[str]:
     """The modules of the package that an import statement names, by dotted name."""
+    assert "fxstream" not in packages(node), f"{module} imports the package by its own name"
     if not isinstance(node, ast.ImportFrom) or not node.level:
         return
     folders = module.split(".")[: -node.level]
@@ -31,14 +40,6 @@ def imports(module: str, node: ast.AST) -> Iterator[str]:
         found = [name for name in (inner, source, f"{source}.__init__") if name in MODULES]
         assert found, f"{module} imports {inner}, which is not there"
         yield found[0]
-
-
-def packages(node: ast.AST) -> Iterator[str]:
-    """The packages that an import statement names; "." for this one."""
-    if isinstance(node, ast.Import):
-        yield from (alias.name.partition(".")[0] for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        yield "." if node.level else str(node.module).partition(".")[0]
 
 
 def trees() -> Iterator[tuple[str, ast.AST]]:
