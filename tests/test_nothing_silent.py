@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,27 @@ class Settings:
         self.slope, self.act = 0.1, {"scale": 2.0}
 
 
+class Scale:
+    """An object that is called, and is no module."""
+
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return y * self.factor
+
+
+class Member:
+    def __init__(self, size: int, others: list[Member]):
+        self.size, self.others = size, others
+
+
+def _circle() -> Member:
+    members: list[Member] = []
+    members += [Member(size, members) for size in range(12)]
+    return members[0]
+
+
 READ: dict[str, tuple[Any, Callable[[Any, torch.Tensor], torch.Tensor], Callable[[Any], None], str]] = {
     "a number": (2.0, lambda m, y: y * m.read, lambda m: setattr(m, "read", 3.0), "read was 2.0 .*; now it is 3.0"),
     "a dict": ({"a": 2.0}, lambda m, y: y * m.read["a"], lambda m: m.read.update(a=5.0), r"read\['a'\] was 2.0"),
@@ -73,6 +95,18 @@ READ: dict[str, tuple[Any, Callable[[Any, torch.Tensor], torch.Tensor], Callable
         lambda m, y: F.leaky_relu(y, m.read.slope),
         lambda m: setattr(m.read, "slope", 0.5),
         "read.slope was 0.1 .*; now it is 0.5",
+    ),
+    "an object that is called": (
+        Scale(),
+        lambda m, y: m.read(y),
+        lambda m: setattr(m.read, "factor", 3.0),
+        "read.factor was 2.0 .*; now it is 3.0",
+    ),
+    "objects that refer to each other": (
+        _circle(),
+        lambda m, y: y * m.read.others[1].size,
+        lambda m: setattr(m.read.others[1], "size", 9),
+        r"read.others\[1\].size was 1 .*; now it is 9",
     ),
     "a dict in an object": (
         SimpleNamespace(act={"scale": 2.0}),
@@ -524,3 +558,15 @@ def test_whether_gradients_are_enabled_is_asked_at_every_call() -> None:
             x = image()
             torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=0)
     assert torch.is_grad_enabled.__module__ != "fxstream.graph.trace"
+
+
+def _logged(m: Any, y: torch.Tensor) -> torch.Tensor:
+    m.log.debug("here")
+    return y
+
+
+def test_a_forward_may_write_to_a_log() -> None:
+    model = Trunk(_logged, log=logging.getLogger("fxstream.tests"))
+    converted = assert_exact(model, IMAGE, 8, whole=True)
+    logging.getLogger().manager._clear_cache()  # as happens when a level is set
+    converted(image())

@@ -6,10 +6,12 @@ Later changes would be ignored without a word, so every call compares the attrib
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections import deque
 from collections.abc import Iterator
-from types import NoneType
+from types import FunctionType, MethodType, NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,17 +20,21 @@ from torch import nn
 Held = Any
 """A number, a string, None or a tuple of these; or nested dicts of such, by key, index or name of an attribute."""
 _NUMBERS = (bool, int, float, complex, str, NoneType)
-_DEEPEST = 8
-"""Levels of nesting that are looked at."""
 
 
-def held(value: Any, depth: int = 0) -> Held:
+def held(value: Any) -> Held:
     """The numbers and strings in a value; an empty dict if there are none."""
+    return _held(value, set())
+
+
+def _held(value: Any, seen: set[int]) -> Held:
+    """See `held`. `seen` are the ids of what has been looked into: objects may refer to each other."""
     if _is_number(value):
         return value
-    if depth == _DEEPEST:
+    if id(value) in seen:
         return {}
-    parts = {key: held(part, depth + 1) for key, part in _parts(value)}
+    seen.add(id(value))
+    parts = {key: _held(part, seen) for key, part in _parts(value)}
     return {key: part for key, part in parts.items() if part != {}}
 
 
@@ -42,6 +48,18 @@ def difference(before: Held, now: Held, name: str) -> tuple[str, Any, Any] | Non
         if found is not None:
             return found
     return None
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether a value is an object of a user's own, such as a configuration, whose attributes a forward may use.
+
+    The objects of Python's and torch's own libraries have attributes that are nobody's business: a logger has a cache.
+    """
+    if isinstance(value, (argparse.Namespace, SimpleNamespace)):
+        return True
+    if isinstance(value, (type, FunctionType, MethodType, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy")
 
 
 def _is_number(value: Any) -> bool:
@@ -59,14 +77,8 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(value)
     elif isinstance(value, (set, frozenset)):
         yield from ((str(part), part) for part in sorted(value, key=str))
-    elif _is_plain_object(value):
+    elif is_plain_object(value):
         yield from ((_Attribute(name), part) for name, part in vars(value).items())
-
-
-def _is_plain_object(value: Any) -> bool:
-    if isinstance(value, (type, nn.Module, torch.Tensor)) or callable(value) or not hasattr(value, "__dict__"):
-        return False
-    return type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins")
 
 
 def _equal(one: Any, other: Any) -> bool:

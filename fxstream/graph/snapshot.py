@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attributes import is_plain_object
 from .hooks import computed_weights
 
 _CONTAINERS = (dict, list, set, deque)
@@ -118,13 +119,8 @@ def _joined(name: str, attribute: str) -> str:
 
 
 def _is_watched(value: Any) -> bool:
-    """Whether a forward may change what a value holds: it is a container or a plain object, and no module."""
-    if isinstance(value, _CONTAINERS):
-        return True
-    if isinstance(value, (nn.Module, type, torch.Tensor)) or callable(value) or not hasattr(value, "__dict__"):
-        return False
-    library = type(value).__module__.partition(".")[0]
-    return library not in ("torch", "builtins", "numpy") and isinstance(vars(value), dict)
+    """Whether a forward may change what a value holds."""
+    return isinstance(value, _CONTAINERS) or is_plain_object(value)
 
 
 def _same(one: Any, other: Any) -> bool:
