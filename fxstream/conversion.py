@@ -80,7 +80,8 @@ def convert(
             ShardedError, NotLocalError, TransformError (torch.func, forward-mode AD), DoubleBackwardError.
 
     Warns:
-        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part.
+        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the model's class
+            overrides `train` or `eval`.
 
     Example:
         >>> import torch, fxstream
@@ -106,6 +107,7 @@ def convert(
     if not prefix.nodes:
         raise NothingToStreamError(_nothing(prefix))
     _warn_if_short(prefix)
+    _warn_if_modes_are_overridden(model)
     # 4. Partition the traced graph.
     name = _unused_name(model)
     outer, streamed = partition(prefix, name)
@@ -169,6 +171,17 @@ def _warn_if_short(prefix: Prefix) -> None:
             StreamingWarning,
             stacklevel=3,
         )
+
+
+def _warn_if_modes_are_overridden(model: nn.Module) -> None:
+    for name in ("train", "eval"):
+        if getattr(type(model), name) is not getattr(nn.Module, name):
+            warnings.warn(
+                f"{type(model).__name__} overrides {name}(), and the converted model, which is of another class, does "
+                f"not: its {name}() changes the mode of all modules alike. Way out: set single modules' modes after it",
+                StreamingWarning,
+                stacklevel=3,
+            )
 
 
 def _unused_name(model: nn.Module) -> str:
