@@ -373,3 +373,17 @@ def test_convnext_trains_with_stochastic_depth() -> None:
         block.layer_scale.data.zero_()
     image = torch.randn(2, 3, 40, 44)
     torch.testing.assert_close(fxstream.convert(model.train(), 16)(image), bare.eval()(image))
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("p", [0.5, 0.0])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_dropout_inside_a_transformer_layer_ends_the_streamed_part_in_training_mode(layers: int, p: float) -> None:
+    """The layer draws its own numbers, which computing a tile again would not find; without dropout it streams."""
+    layer: nn.Module = nn.TransformerEncoderLayer(16, 2, 8, dropout=p, batch_first=True)
+    if layers > 1:
+        layer = nn.TransformerEncoder(layer, layers)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), layer)
+    chunks = (2, None, None, None)
+    assert bool(head(fxstream.convert(model.train(), chunks))) == (p > 0)
+    assert not head(fxstream.convert(model.eval(), chunks))
