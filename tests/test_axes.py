@@ -439,3 +439,11 @@ def test_a_group_norm_of_single_values_streams_if_the_batch_has_several() -> Non
     assert_exact(randomise(model), (3, 2, 1, 1), BATCH, whole=True)
     with pytest.raises(fxstream.ImageTooSmallError, match="single values"):
         fxstream.convert(model, BATCH)(torch.randn(1, 2, 1, 1))
+
+
+def test_a_dimension_may_be_counted_from_the_end() -> None:
+    x = Value((Dim("N", 2), Dim(None, 8), Dim("H", 5)))
+    assert [x.dim(index) for index in (-3, -2, -1, 0, 1, 2)] == [0, 1, 2, 0, 1, 2]
+    for index in (-4, 3):
+        with pytest.raises(IndexError, match=f"dimension {index} of a value with 3 dimensions"):
+            x.dim(index)
