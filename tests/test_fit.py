@@ -90,6 +90,9 @@ def test_it_is_chosen_once_for_images_of_a_size(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         converted(torch.randn(1, 3, 20, 20))
     assert len(chosen) == 3
+    converted.weight.requires_grad_(False)
+    converted(torch.randn(1, 3, 20, 20))
+    assert len(chosen) == 4
 
 
 def test_random_numbers_are_those_of_the_call() -> None:
