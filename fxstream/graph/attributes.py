@@ -53,13 +53,13 @@ def difference(before: Held, now: Held, name: str) -> tuple[str, Any, Any] | Non
 def is_plain_object(value: Any) -> bool:
     """Whether a value is an object of a user's own, such as a configuration, whose attributes a forward may use.
 
-    The objects of Python's and torch's own libraries have attributes that are nobody's business: a logger has a cache.
+    Objects of Python's, torch's and our own libraries are not: a logger has a cache, and a proxy has a tracer.
     """
     if isinstance(value, (argparse.Namespace, SimpleNamespace)):
         return True
     if isinstance(value, (type, FunctionType, MethodType, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy")
+    return type(value).__module__.partition(".")[0] not in (*sys.stdlib_module_names, "torch", "numpy", "fxstream")
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ def check_attributes(owner: nn.Module, attributes: Mapping[str, Mapping[str, Hel
             if found := difference(value, held(getattr(module, name, None)), full_name):
                 where, before, now = found
                 raise AttributeChangedError(
-                    f"{where} was {before!r} at the conversion, which took it as a constant; now it is {now!r}. "
+                    f"{where} was {shortened(before)} at the conversion, which took it as a constant; now it is "
+                    f"{shortened(now)}. "
                     "Way out: convert the model again, or make it a buffer, which every call reads."
                 )
