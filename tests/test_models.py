@@ -34,7 +34,6 @@ import fxstream
 FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
     ("alexnet", (3, 131, 97), (64, 48), "features_12"),
     ("vgg11", (1, 65, 97), 64, "features_20"),
-    ("vgg13_bn", (1, 97, 33), (None, 32), "features_34"),
     ("squeezenet1_0", (3, 101, 67), 32, "classifier_3"),
     ("squeezenet1_1", (1, 129, 64), 128, "classifier_3"),
     ("resnet18", (3, 131, 97), 32, "avgpool"),
@@ -48,6 +47,7 @@ FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
 ]
 # Made of the same operations as one of those above.
 SIBLINGS: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
+    ("vgg13_bn", (1, 97, 33), (None, 32), "features_34"),
     ("vgg16", (1, 67, 33), 32, "features_30"),
     ("resnet34", (1, 127, 33), (32, None), "avgpool"),
     ("resnext50_32x4d", (1, 97, 61), 48, "avgpool"),

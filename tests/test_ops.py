@@ -989,7 +989,7 @@ def _elementwise(label: str, name: str, function: Callable[..., Any], forms: Ite
     """All calls of an operation on an image, each on a tensor of its own, which it may overwrite."""
     domain = DOMAIN.get(name, DOMAIN.get(name.removesuffix("_"), _fresh))
     op = With(_calls, function, domain, list(forms))
-    return Case(label, op, trials=3)
+    return Case(label, op, trials=2)
 
 
 def _calls(image: Any, function: Callable[..., Any], domain: Callable[[Any], Any], forms: list[Form]) -> list[Any]:
