@@ -111,18 +111,19 @@ def test_an_axis_is_cut_into_equal_steps_of_at_most_the_tile() -> None:
 
 def test_the_report_shows_what_each_value_sees_where_streaming_ends_and_why() -> None:
     layers = [nn.Conv2d(3, 4, (3, 5), stride=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    assert str(fxstream.analyze(nn.Sequential(*layers))) == (
-        "node     operation                 receptive field      stride    padding\n"
-        "-------  -----------------  -----  -----------------  --------  ---------\n"
-        "input_1  placeholder        image  1                         1          0\n"
-        "_0       Conv2d             local  3 x 5                     2          0\n"
-        "_1       ReLU               local  3 x 5                     2          0\n"
-        "_2       MaxPool2d          local  7 x 9                     4          0\n"
-        "_3       AdaptiveAvgPool2d  total\n"
-        "_4       Flatten            head\n"
-        "output   output             head\n"
-        "\n"
-        "Streamed along H, W: 4 operations; they hand over _3.\n"
-        "Streaming stops where an operation is not local:\n"
-        "  3 pools over the whole image along H and W, and is accumulated tile by tile."
-    )
+    wanted = """\
+node     operation                 receptive field      stride    padding
+input_1  placeholder        image  1                         1          0
+_0       Conv2d             local  3 x 5                     2          0
+_1       ReLU               local  3 x 5                     2          0
+_2       MaxPool2d          local  7 x 9                     4          0
+_3       AdaptiveAvgPool2d  total
+_4       Flatten            head
+output   output             head
+
+Streamed along H, W: 4 operations; they hand over _3.
+Streaming stops where an operation is not local:
+  3 pools over the whole image along H and W, and is accumulated tile by tile."""
+    found = [line for line in str(fxstream.analyze(nn.Sequential(*layers))).splitlines() if not line.startswith("---")]
+    # How wide tabulate makes a column depends on its release.
+    assert [line.split() for line in found] == [line.split() for line in wanted.splitlines()]

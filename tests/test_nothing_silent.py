@@ -287,7 +287,7 @@ def test_functional_call_and_export_are_right(converted: torch.fx.GraphModule) -
     weights = {name: weight.detach() * 2 for name, weight in converted.named_parameters()}
     expected = F.conv2d(x, weights["0.weight"], weights["0.bias"]).tanh()
     torch.testing.assert_close(torch.func.functional_call(converted, weights, (x,)), expected)
-    exported = torch.export.export(converted.eval(), (x,))
+    exported = torch.export.export(converted.eval(), (x,), strict=False)
     torch.testing.assert_close(exported.module()(x), converted(x))
 
 
