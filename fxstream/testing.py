@@ -132,17 +132,18 @@ def _converted(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tens
         converted = convert(model, tile, example_input=image)
     assert isinstance(converted, Converted)
     if left := head(converted):
-        reasons = "; ".join(stop.reason for stop in _stops(model, tile, image))
+        spatial = image.dim() - 2
+        axes = parse_tile_shape(tile, axis_names(spatial)).axes
+        reasons = "; ".join(stop.reason for stop in stops_along(model, axes, spatial))
         raise AssertionError(f"{', '.join(left)} not streamed: {reasons}")
     return converted
 
 
-def _stops(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tensor) -> list[Finding]:
-    """Where streaming along the axes of `tile` ends; `analyze` would stream all spatial axes, and not the batch."""
+def stops_along(model: nn.Module, axes: tuple[str, ...], spatial: int = 2) -> list[Finding]:
+    """Where streaming along these axes ends; `fxstream.analyze` would stream all spatial axes, and not the batch."""
     traced = trace(model, {}, False)
-    names = axis_names(image.dim() - 2)
-    axes = parse_tile_shape(tile, names).axes
-    return find_prefix(traced, image_node(traced.graph, None), names, axes, False).stops
+    image = image_node(traced.graph, None)
+    return find_prefix(traced, image, axis_names(spatial), axes, freeze_batchnorm=False).stops
 
 
 def _check(model: nn.Module, converted: fx.GraphModule, image: torch.Tensor, tolerance: float) -> None:

@@ -18,10 +18,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
-from fxstream.geometry.axes import axis_names
-from fxstream.graph.findings import Finding
-from fxstream.graph.prefix import find_prefix, image_node
-from fxstream.graph.trace import trace
 from fxstream.model.streamed import Streamed
 from fxstream.testing import compare, head, relative_error
 
@@ -123,13 +119,6 @@ def assert_exact(
         freeze_batchnorms(plain, converted)
     compare(plain, converted, image, tolerance)
     return converted
-
-
-def stops_along(model: nn.Module, axes: tuple[str, ...], spatial: int = 2) -> list[Finding]:
-    """Where streaming along these axes ends; `fxstream.analyze` streams all spatial axes together."""
-    traced = trace(model, {}, False)
-    image = image_node(traced.graph, None)
-    return find_prefix(traced, image, axis_names(spatial), axes, freeze_batchnorm=False).stops
 
 
 def handed_over(converted: fx.GraphModule) -> list[str]:

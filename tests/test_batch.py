@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import assert_exact, handed_over, stops_along
+from reference import assert_exact, handed_over
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
@@ -18,7 +18,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 import fxstream
 from fxstream.memory.live import LiveBytes
-from fxstream.testing import compare, head
+from fxstream.testing import compare, head, stops_along
 
 BAG, CHUNK = 130, (48, None, None, None)  # the last chunk is smaller
 CONTRASTIVE, CONTRASTIVE_CHUNK = 96, (28, None, None, None)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact, handed_over, randomise, stops_along
+from reference import assert_exact, handed_over, randomise
 from torch import nn
 
 import fxstream
 from fxstream.geometry.axes import axis_names
 from fxstream.graph.findings import Finding
-from fxstream.testing import head
+from fxstream.testing import head, stops_along
 
 LONG = 68
 """Positions along the axis in question, which halves exactly; no window here is as large."""

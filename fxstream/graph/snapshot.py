@@ -30,7 +30,7 @@ class Snapshot:
         """A module -> what can be reached from it without passing another module, by name, the module itself as ""."""
         modules = list(model.modules())
         for module in modules:
-            self._contents[id(module)] = (module, _contents(module))
+            self._note(module)
         most = len(modules) + MOST_OBJECTS
         for module in modules:
             self._held_by[module] = [("", module), *self._reached(module, most)]
@@ -41,9 +41,12 @@ class Snapshot:
         while waiting and len(self._contents) < most:
             name, thing = waiting.popleft()
             if id(thing) not in self._contents:
-                self._contents[id(thing)] = (thing, _contents(thing))
+                self._note(thing)
                 yield name, thing
                 waiting.extend(_watched(name, thing))
+
+    def _note(self, thing: Any) -> None:
+        self._contents[id(thing)] = (thing, _contents(thing).copy())
 
     def changed(self, *modules: nn.Module) -> list[str]:
         """The names of attributes that are not what they were, in some modules and in what is reached from them."""
@@ -101,8 +104,8 @@ class RandomState:
 
 
 def _contents(thing: Any) -> Any:
-    """A shallow copy of what a module, object or container holds."""
-    return thing.copy() if isinstance(thing, _CONTAINERS) else dict(vars(thing))
+    """The container in which a module or object holds its attributes; a container itself."""
+    return thing if isinstance(thing, _CONTAINERS) else vars(thing)
 
 
 def _watched(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
@@ -133,6 +136,6 @@ def _same(one: Any, other: Any) -> bool:
 
 def _fill(thing: Any, contents: Any) -> None:
     """Give a thing back what it held. The thing itself stays, since others may hold it."""
-    target: Any = thing if isinstance(thing, _CONTAINERS) else vars(thing)
+    target = _contents(thing)
     target.clear()
     (target.extend if isinstance(target, (list, deque)) else target.update)(contents)

@@ -99,7 +99,7 @@ class Scan:
                 if budget.left:
                     computed = recording._afforded(budget, recorded, tile, regions, pieces.held)
                 else:
-                    computed = self._compute(tile, self._source(regions, pieces.held), stitch)
+                    computed = self._compute(tile, Source(self.tensors, self.call.device, regions, pieces.held), stitch)
                 self._take(tile, *computed, pieces)
                 # Nothing of this tile may be alive while the next one is computed.
                 del computed
@@ -187,9 +187,6 @@ class Scan:
     def _on_leaves(self) -> Scan:
         """The same scan with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
         return Scan(self.call, detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
-
-    def _source(self, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> Source:
-        return Source(self.tensors, self.call.device, regions, pieces)
 
     def _record(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> RecordedTile:
         """Compute a tile with autograd."""
