@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
+from .errors import ShardedError, StreamingError, StreamingWarning, WrappedModelError
+from .graph.example import traced_with_example
 from .graph.nodes import spatial_axes
-from .graph.partition import partition
-from .graph.prefix import Prefix, find_prefix, image_names, image_node
-from .graph.trace import Trace, trace
+from .graph.prefix import Prefix, image_names
+from .graph.trace import Trace
 from .model.converted import Converted
-from .model.streamed import Streamed
+from .model.variants import rewrite
 from .scan.checks import is_sharded
 from .scan.settings import Settings, parse_bytes, parse_tile_shape
 
@@ -97,23 +97,18 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_unwrapped(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
-    traced = trace(model, {}, freeze_batchnorm)
+    traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
     names = image_names(traced, example_input)
     settings = Settings(names, parse_tile_shape(tile_shape, names), freeze_batchnorm, parse_bytes(memory_budget))
     settings.check()
-    # 3. Find the prefix.
-    prefix = find_prefix(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
-    if not prefix.nodes:
-        raise NothingToStreamError(_nothing(prefix))
+    # 3. Find the prefix; 4. partition the traced graph.
+    name = _unused_name(model)
+    prefix, outer, streamed = rewrite(traced, image, settings, name)
     _warn_if_short(prefix)
     _warn_if_modes_are_overridden(model)
-    # 4. Partition the traced graph.
-    name = _unused_name(model)
-    outer, streamed = partition(prefix, name)
     # 5. Assemble the converted model.
-    part = Streamed(streamed, settings, prefix.trace.assumptions)
-    return Converted(model, prefix.trace.constants, outer, name, part)
+    return Converted(model, prefix.trace.constants, outer, name, streamed)
 
 
 def _check_names(traced: Trace) -> None:
@@ -152,11 +147,6 @@ _WRAPPERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
 }
 """Classes that wrap a model, by name, since importing them all would take seconds."""
-
-
-def _nothing(prefix: Prefix) -> str:
-    reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
-    return f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
 
 
 def _warn_if_short(prefix: Prefix) -> None:

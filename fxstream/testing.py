@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten
 from .conversion import convert
 from .errors import StreamingWarning
 from .geometry.axes import SPATIAL_NAMES, axis_names
+from .graph.example import traced_with_example
 from .graph.findings import Finding
 from .graph.prefix import find_prefix, image_node
-from .graph.trace import trace
 from .model.converted import Converted
 from .model.streamed import Streamed
 from .ops import rule_for
@@ -141,7 +141,7 @@ def _converted(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tens
 
 def stops_along(model: nn.Module, axes: tuple[str, ...], spatial: int = 2) -> list[Finding]:
     """Where streaming along these axes ends; `fxstream.analyze` would stream all spatial axes, and not the batch."""
-    traced = trace(model, {}, False)
+    traced = traced_with_example(model, None, None, freeze_batchnorm=False)
     image = image_node(traced.graph, None)
     return find_prefix(traced, image, axis_names(spatial), axes, freeze_batchnorm=False).stops
 

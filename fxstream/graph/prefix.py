@@ -30,7 +30,8 @@ def find_prefix(
         bypassed = prefix.bypassed()
         if not bypassed:
             return prefix
-        traced = trace(traced.root, traced.opaque | bypassed, freeze_batchnorm)
+        arguments = traced.assumptions.given.forms
+        traced = trace(traced.root, arguments, traced.opaque | bypassed, freeze_batchnorm)
         image = image_node(traced.graph, str(image.target))
 
 

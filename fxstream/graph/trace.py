@@ -1,24 +1,26 @@
 """Tracing: from a model to an fx graph that says all that the model's forward does.
 
-Three things differ from `torch.fx.symbolic_trace`.
+Four things differ from `torch.fx.symbolic_trace`.
 
 - In-place operators (`x += y`) are recorded as such, instead of as their out-of-place twins.
 - A module's `training` flag is recorded as a `get_attr`, so that it is read at every call. Where the flag decides the
   control flow, the decision becomes one of the graph's `Assumptions`.
+- What an example of its arguments tells is answered, if the forward asks: see `facts`. The answers, too, are `Assumptions`.
 - A module stays one call if it is an operation with a rule, has hooks, cannot be traced, or does something that a graph
   does not record: assign attributes, or open a region of `torch.no_grad` or `torch.autocast`.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TraceError
 from ..ops import NotLocal, functions, has_own_methods, rule_for
+from .arguments import Given, Parameters, Slot, is_constant, surroundings
 from .attributes import Held, held
+from .facts import Facts, UnknownFactError
 from .hooks import computed_weights, has_hooks
-from .proxy import Kind, RecordingProxy, UnrecordedError, answered_isinstance, kind_of
+from .nodes import leaves
+from .proxy import RecordingProxy, UnrecordedError, answered_isinstance
 from .snapshot import RandomState, Snapshot
 
 
@@ -46,6 +51,8 @@ class Assumptions:
     """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    given: Given = field(default_factory=Given)
+    """What the arguments are taken to be."""
 
 
 @dataclass
@@ -79,8 +86,15 @@ _CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, snapshot: Snapshot, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool):
+    def __init__(
+        self,
+        arguments: Mapping[Slot, Any],
+        snapshot: Snapshot,
+        opaque: Mapping[str, NotLocal],
+        freeze_batchnorm: bool,
+    ):
         super().__init__(autowrap_functions=functions())
+        self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
         self.freeze_batchnorm = freeze_batchnorm
@@ -91,8 +105,8 @@ class _Tracer(fx.Tracer):
         self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
         self.flags: dict[fx.Node, tuple[str, bool]] = {}
-        self.kinds: dict[fx.Node, Kind | None] = {}
-        self.modules: dict[str, nn.Module] = {}
+        self.facts = Facts({}, {})
+        self.asked: set[fx.Node] = set()
         self.region = _region()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -111,18 +125,28 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> Proxy:
         return RecordingProxy(self, node)
 
-    def kind(self, node: fx.Node) -> Kind | None:
-        """What the value of a node is, as far as that is known."""
-        waiting = [node]
-        while waiting:
-            sources = waiting[-1].all_input_nodes
-            if unknown := [source for source in sources if source not in self.kinds]:
-                waiting += unknown
-            else:
-                found = waiting.pop()
-                module = self.modules[str(found.target)] if found.op == "call_module" else None
-                self.kinds[found] = kind_of(found, [self.kinds[source] for source in sources], module)
-        return self.kinds[node]
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The forward's arguments: constants as they are, and a proxy for anything else."""
+        parameters = Parameters.of(type(self.root))
+        values: dict[Slot, Any] = {}
+        for slot, form in self.arguments.items():
+            proxy = self.create_proxy("placeholder", slot.name, parameters.default(slot), {})
+            values[slot] = copy.copy(form) if is_constant(form) else proxy
+        args, kwargs = parameters.passed(values)
+        return partial(root_fn, **kwargs), [self.root, *args]
+
+    def answer(self, question: str, node: fx.Node) -> Any:
+        """What is known of a node's value: its "value", "length" or "type_of". Raises UnrecordedError."""
+        try:
+            found = getattr(self.facts, question)(node)
+        except UnknownFactError as error:
+            raise UnrecordedError(
+                f"it asks something about {node.name} that is known only at a call ({error})"
+            ) from None
+        self.asked.add(node)
+        for path, value in (self.flags[flag] for flag in _ancestors(node) & self.flags.keys()):
+            self.modes[path] = value
+        return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks(m) or module_qualified_name in self.opaque:
@@ -137,6 +161,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.facts.computing:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
@@ -156,10 +182,17 @@ class _Tracer(fx.Tracer):
             path, value = self.flags[obj.node]
             self.modes[path] = value
             return value
-        return super().to_bool(obj)
+        return bool(self.answer("value", obj.node))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return (obj[index] for index in range(self.answer("length", obj.node)))  # type: ignore[index]  # RecordingProxy is
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        return attr_val if self.facts.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
-        self.modules = dict(root.named_modules(remove_duplicate=False))
+        forms = {slot.name: form for slot, form in self.arguments.items()}
+        self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
         with self._watched_flags(root), self._watched_functions(), answered_isinstance():
             return super().trace(root, concrete_args)
 
@@ -170,7 +203,8 @@ class _Tracer(fx.Tracer):
         These are an autograd.Function that is called with a proxy, and questions about the state of a call.
         """
         apply = vars(torch.autograd.Function)["apply"]
-        questions = {name: getattr(torch, name) for name in _QUESTIONS}
+        replaced = {name: (getattr(torch, name), _refused_question) for name in _QUESTIONS}
+        replaced |= {name: (getattr(torch, name), self._recorded) for name in _FACTORIES}
 
         def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
@@ -178,14 +212,24 @@ class _Tracer(fx.Tracer):
             return apply.__get__(None, kind)(*args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(refusing)
-        for name, function in questions.items():
-            setattr(torch, name, _refused_question(function))
+        for name, (function, replacement) in replaced.items():
+            setattr(torch, name, replacement(function))
         try:
             yield
         finally:
             torch.autograd.Function.apply = apply
-            for name, function in questions.items():
+            for name, (function, _) in replaced.items():
                 setattr(torch, name, function)
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which is recorded if it is called with a proxy. Python's protocol for this is only for tensors."""
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Proxy) for leaf in leaves((args, kwargs))):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return record
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
@@ -211,7 +255,7 @@ class _Tracer(fx.Tracer):
 
     def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
         def training(module: nn.Module) -> Any:
-            if not hasattr(self, "graph"):
+            if not hasattr(self, "graph") or self.facts.computing:
                 return module.__dict__["training"]
             if self.freeze_batchnorm and issubclass(original, _BatchNorm):
                 self.frozen.add(path)
@@ -225,7 +269,8 @@ class _Tracer(fx.Tracer):
 
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
-            if hasattr(self, "graph") and name not in _OF_MODULES and not name.startswith("__"):
+            recording = hasattr(self, "graph") and not self.facts.computing
+            if recording and name not in _OF_MODULES and not name.startswith("__"):
                 # The converted model is of another class than the root, so it does not have its class attributes.
                 own = bool(path) or name in original.__getattribute__(module, "__dict__")
                 if own and (parts := held(value)) != {}:
@@ -243,6 +288,11 @@ class _Tracer(fx.Tracer):
 
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 """What a forward may ask torch about a call; the answer of the conversion would stay in the graph."""
+_FACTORIES = (
+    *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
+    *("rand", "randn", "randint", "tensor", "as_tensor", "scalar_tensor"),
+)
+"""Functions that make a tensor from sizes and numbers."""
 
 
 def _refused_question(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,21 +319,27 @@ _LOCK = threading.RLock()
 """Tracing replaces classes of modules and functions of torch, which two threads must not do at a time."""
 
 
-def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
+def trace(
+    model: nn.Module, arguments: Mapping[Slot, Any], opaque: Mapping[str, NotLocal], freeze_batchnorm: bool
+) -> Trace:
     """Trace a model. Raises TraceError if its own forward cannot be traced.
 
+    The forward gets the constants among its `arguments`, and proxies for others, of which their `Form` may be known.
     Modules of which `opaque` says why they are not local stay one call. With `freeze_batchnorm`, batch norms of the
     user's own are traced as if they were in eval mode.
     """
-    with _LOCK:
-        return _trace(model, dict(opaque), freeze_batchnorm)
+    arguments = Parameters.of(type(model)).sorted(arguments)
+    with _LOCK, torch.inference_mode(False):
+        return _trace(model, arguments, dict(opaque), freeze_batchnorm)
 
 
-def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool) -> Trace:
+def _trace(
+    model: nn.Module, arguments: Mapping[Slot, Any], opaque: dict[str, NotLocal], freeze_batchnorm: bool
+) -> Trace:
     """See `trace`. Adds to `opaque` the modules that cannot be traced through."""
     while True:
         snapshot, drawn = Snapshot(model), RandomState()
-        tracer = _Tracer(snapshot, opaque, freeze_batchnorm)
+        tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm)
         try:
             if "forward" in vars(model):
                 raise UnrecordedError("its forward has been replaced on the instance, which fx does not see")
@@ -304,8 +360,9 @@ def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             snapshot.restore()
             drawn.restore()
-        _remove_unused_flags(graph, tracer)
-        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
+        _remove_unused(graph, tracer)
+        given = Given(arguments, tracer.facts.question, surroundings(model))
+        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
 
 
@@ -325,10 +382,24 @@ def _check_nothing_drawn(before: RandomState) -> None:
         raise UnrecordedError("it draws random numbers while it is traced, which fx does not record")
 
 
-def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:
-    for node in tracer.flags:
-        if not node.users:
+def _remove_unused(graph: fx.Graph, tracer: _Tracer) -> None:
+    """Erase flags and sizes that have been recorded only for a question: nothing else reads them."""
+    questions = tracer.asked.union(*map(_ancestors, tracer.asked))
+    for node in reversed(graph.nodes):
+        number = node.op.startswith("call_") and node in questions and tracer.facts.is_number(node)
+        if not node.users and (number or node in tracer.flags):
             graph.erase_node(node)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes that the value of a node depends on."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found
 
 
 def _first_line(error: Exception) -> str:
