@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import StreamingError, TraceError
 from ..ops import rule_for_module
 from .arguments import Form, Parameters, Question, Slot, Unspecified, form_of
+from .facts import tensors_on_meta
 from .snapshot import RandomState, Snapshot
 from .trace import Trace, trace
 
@@ -62,13 +63,11 @@ def rejection(model: nn.Module, arguments: Mapping[Slot, Any], error: TraceError
     """The error that the model itself raises for such arguments, if that is what has ended its tracing."""
     cause = error.__cause__
     snapshot, drawn = Snapshot(model), RandomState()
-    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    state = {name: torch.empty_like(tensor, device="meta", requires_grad=False) for name, tensor in named}
     values = {slot: _on_meta(form) for slot, form in arguments.items()}
     args, kwargs = Parameters.of(type(model)).passed(values)
     try:
         with torch.no_grad():
-            torch.func.functional_call(model, state, tuple(args), kwargs)
+            torch.func.functional_call(model, tensors_on_meta(model), tuple(args), kwargs)
     except Exception as own:  # whatever a user's forward may raise
         same = type(own) is type(cause) and str(own) == str(cause)
         return own if same else None
@@ -91,11 +90,12 @@ def _examples(model: nn.Module, image: str | None, example_input: torch.Tensor |
     if example_input is not None:
         yield {**arguments, slot: form_of(example_input)}
         return
-    layers = [module for module in model.modules() if (rule := rule_for_module(module)) and rule.spatial is not None]
+    rules = {module: rule_for_module(module) for module in model.modules()}
+    layers = {module: rule.spatial for module, rule in rules.items() if rule is not None and rule.spatial is not None}
     if not layers:
         yield {**arguments, slot: Unspecified()}
         return
-    spatial = next(rule_for_module(module).spatial for module in layers)
+    spatial = next(iter(layers.values()))
     channels = next((getattr(module, name) for module in layers for name in _CHANNELS if hasattr(module, name)), 3)
     tensors = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.is_floating_point()]
     kind = tensors[0] if tensors else torch.empty(0)

@@ -7,6 +7,7 @@ computed only if the forward asks something.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -179,17 +180,13 @@ class Facts:
 
     def _of_module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self._modules[str(node.target)]
-        named = dict(module.named_parameters(remove_duplicate=False)) | dict(
-            module.named_buffers(remove_duplicate=False)
-        )
-        if named:
-            self._devices[node] = {tensor.device for tensor in named.values()}
+        state = tensors_on_meta(module)
+        if state:
+            self._devices[node] = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         self._questions[node] = Question.NOTHING
         snapshot = Snapshot(module)
         try:
-            return torch.func.functional_call(
-                module, {name: _on_meta(one) for name, one in named.items()}, args, kwargs
-            )
+            return torch.func.functional_call(module, state, args, kwargs)
         finally:
             snapshot.restore()
 
@@ -218,6 +215,12 @@ class Facts:
         elif not self._devices[node]:
             self._devices[node] = {self._default_device}
         return args, kwargs
+
+
+def tensors_on_meta(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Stand-ins on the meta device for the parameters and buffers of a module, by name."""
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return {name: _on_meta(tensor) for name, tensor in named}
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:

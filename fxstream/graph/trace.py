@@ -5,7 +5,7 @@ Four things differ from `torch.fx.symbolic_trace`.
 - In-place operators (`x += y`) are recorded as such, instead of as their out-of-place twins.
 - A module's `training` flag is recorded as a `get_attr`, so that it is read at every call. Where the flag decides the
   control flow, the decision becomes one of the graph's `Assumptions`.
-- What an example of its arguments tells is answered, if the forward asks: see `facts`. The answers, too, are `Assumptions`.
+- What an example of its arguments tells is answered, if the forward asks: see `facts`. `Given` holds what was asked.
 - A module stays one call if it is an operation with a rule, has hooks, cannot be traced, or does something that a graph
   does not record: assign attributes, or open a region of `torch.no_grad` or `torch.autocast`.
 """
@@ -202,6 +202,8 @@ class _Tracer(fx.Tracer):
 
         These are an autograd.Function that is called with a proxy, and questions about the state of a call.
         """
+        with torch.device("meta"):
+            torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
         apply = vars(torch.autograd.Function)["apply"]
         replaced = {name: (getattr(torch, name), _refused_question) for name in _QUESTIONS}
         replaced |= {name: (getattr(torch, name), self._recorded) for name in _FACTORIES}
@@ -222,7 +224,7 @@ class _Tracer(fx.Tracer):
                 setattr(torch, name, function)
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which is recorded if it is called with a proxy. Python's protocol for this is only for tensors."""
+        """The function, which is recorded if it is called with a proxy. Torch does that for tensors alone."""
 
         def record(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, Proxy) for leaf in leaves((args, kwargs))):

@@ -158,7 +158,7 @@ def _choosing(generated: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-@torch._disable_dynamo(recursive=False)
+@torch._disable_dynamo(recursive=False)  # type: ignore[attr-defined]  # torch itself uses it so
 def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any] | None, Any, list[Any]]:
     """The code of a variant, or None for that of the model itself; what it is called with."""
     arguments = model._forward_parameters.bound(args, kwargs)
