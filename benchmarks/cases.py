@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 MODES = ("training", "inference")
+PLACES = ("device", "host")
+"""Where the image may be: with the network, or in host memory."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Case:
     mode: str
     way: str
     tile: int | None = None
+    autocast: str | None = None
+    """The dtype of autocast around the forward pass, if there is autocast."""
+    image_on: str = "device"
 
     @property
     def label(self) -> str:
