@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import operator
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,37 +99,6 @@ def _is_asked_by_torch() -> bool:
         assert frame.f_back is not None
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "fxstream")
-
-
-@contextmanager
-def answered_isinstance() -> Iterator[None]:
-    """In this context, `isinstance` gives the right answer for a proxy, or refuses to if that is not known.
-
-    The builtin itself is replaced. A proxy cannot answer by its `__class__`, since the C++ code of torch, too, would
-    then take it for a tensor.
-    """
-    original = builtins.isinstance
-
-    def answer(value: Any, classes: Any) -> bool:
-        if type(value) is not RecordingProxy or original(value, classes):
-            return original(value, classes)
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.startswith(("torch.fx.", "torch.nn.parameter", "fxstream.")):
-            return False  # they ask whether it is a proxy
-        try:
-            return issubclass(value.tracer.facts.type_of(value.node), classes)
-        except UnknownFactError:
-            if asking.startswith("torch."):
-                return False
-            raise UnrecordedError(
-                f"it asks for the type of {value.node.name}, which is not known while it is traced"
-            ) from None
-
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
 
 
 def _inplace(name: str) -> Callable[[RecordingProxy, Any], Proxy]:

@@ -13,7 +13,6 @@ Four things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import traceback
 from collections import OrderedDict
@@ -36,8 +35,8 @@ from .arguments import Given, Parameters, Slot, is_constant, surroundings
 from .attributes import Held, held
 from .facts import Facts, UnknownFactError
 from .hooks import computed_weights, has_hooks
-from .nodes import leaves
-from .proxy import RecordingProxy, UnrecordedError, answered_isinstance
+from .proxy import RecordingProxy, UnrecordedError
+from .replaced import replaced_functions
 from .snapshot import RandomState, Snapshot
 
 
@@ -193,45 +192,8 @@ class _Tracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
         forms = {slot.name: form for slot, form in self.arguments.items()}
         self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
-        with self._watched_flags(root), self._watched_functions(), answered_isinstance():
+        with self._watched_flags(root), replaced_functions(self.create_proxy):
             return super().trace(root, concrete_args)
-
-    @contextmanager
-    def _watched_functions(self) -> Iterator[None]:
-        """While tracing, functions of torch that a graph does not record fail.
-
-        These are an autograd.Function that is called with a proxy, and questions about the state of a call.
-        """
-        with torch.device("meta"):
-            torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
-        apply = vars(torch.autograd.Function)["apply"]
-        replaced = {name: (getattr(torch, name), _refused_question) for name in _QUESTIONS}
-        replaced |= {name: (getattr(torch, name), self._recorded) for name in _FACTORIES}
-
-        def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-                raise UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
-            return apply.__get__(None, kind)(*args, **kwargs)
-
-        torch.autograd.Function.apply = classmethod(refusing)
-        for name, (function, replacement) in replaced.items():
-            setattr(torch, name, replacement(function))
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = apply
-            for name, (function, _) in replaced.items():
-                setattr(torch, name, function)
-
-    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, which is recorded if it is called with a proxy. Torch does that for tensors alone."""
-
-        def record(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, Proxy) for leaf in leaves((args, kwargs))):
-                return self.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return record
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
@@ -286,27 +248,6 @@ class _Tracer(fx.Tracer):
         kind: Any = type(original)
         watched: type[nn.Module] = kind(original.__name__, (_Unannounced, original), names)
         return watched
-
-
-_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-"""What a forward may ask torch about a call; the answer of the conversion would stay in the graph."""
-_FACTORIES = (
-    *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
-    *("rand", "randn", "randint", "tensor", "as_tensor", "scalar_tensor"),
-)
-"""Functions that make a tensor from sizes and numbers."""
-
-
-def _refused_question(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which answers torch and us, but refuses a user's forward."""
-
-    def answer(*args: Any) -> Any:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.partition(".")[0] in ("torch", "fxstream"):
-            return function(*args)
-        raise UnrecordedError(f"it asks torch.{function.__name__}(), whose answer fx does not record")
-
-    return answer
 
 
 class _Unannounced:

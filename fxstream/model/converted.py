@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import StreamingError
-from ..graph.arguments import Parameters, Slot, surroundings
+from ..graph.arguments import Given, Parameters, Slot, surroundings
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.checks import check_image
 from ..scan.mirror import mirror_registries
@@ -44,6 +44,7 @@ class Converted(fx.GraphModule):
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
         self._original_class = type(model)
+        self._given: Given | None = streamed.assumptions.given
         self._traced_constants = tuple(constants)
         self._forward_parameters = Parameters.of(type(model))
         self._call_variants = Variants()
@@ -135,10 +136,8 @@ class Converted(fx.GraphModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = load_graph(state.pop("_graph"))
-        vars(self).update(
-            _original_class=None, _traced_constants=(), _forward_parameters=_parameters_of(graph)
-        )  # not in older pickles
-        vars(self).update(state)
+        older = {"_original_class": None, "_given": None, "_traced_constants": ()}
+        vars(self).update({**older, "_forward_parameters": _parameters_of(graph), **state})
         self._call_variants = Variants()
         self._adopt(graph)
 
@@ -162,7 +161,9 @@ def _choosing(generated: Callable[..., Any]) -> Callable[..., Any]:
 def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any] | None, Any, list[Any]]:
     """The code of a variant, or None for that of the model itself; what it is called with."""
     arguments = model._forward_parameters.bound(args, kwargs)
-    given = model._streamed.assumptions.given
+    given = model._given
+    if given is None:
+        return None, model, list(arguments.values())
     if given.holds(arguments, lambda: surroundings(model)):
         return None, model, given.ordered(arguments)
     check_image(arguments[Slot(model.image_name)], model._streamed.settings)
