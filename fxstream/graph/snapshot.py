@@ -6,7 +6,7 @@ import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Snapshot:
         found: list[str] = []
         for module in modules:
             computed = computed_weights(module)
-            for name, thing in self._held_by[module]:
+            for name, thing in self._held_by.get(module, ()):  # none for a module that forward has made
                 found += (part for part in self._differing(name, thing) if part not in computed)
         return sorted(found)
 
@@ -68,9 +68,24 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        for thing, contents in self._contents.values():
-            if not _same(_contents(thing), contents):
-                _fill(thing, contents)
+        for thing, _ in self._contents.values():
+            self._restore(thing)
+
+    def restore_reached(self, modules: Iterable[nn.Module]) -> None:
+        """Put back what some modules hold, and what is reached from them, even if other modules hold it, too."""
+        waiting: deque[Any] = deque(modules)
+        seen: set[int] = set()
+        while waiting:
+            thing = waiting.popleft()
+            if id(thing) in self._contents and id(thing) not in seen:
+                seen.add(id(thing))
+                self._restore(thing)
+                waiting.extend(part for _, part in _watched("", thing))
+
+    def _restore(self, thing: Any) -> None:
+        _, contents = self._contents[id(thing)]
+        if not _same(_contents(thing), contents):
+            _fill(thing, contents)
 
 
 class RandomState:

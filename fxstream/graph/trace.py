@@ -89,7 +89,7 @@ class _Tracer(fx.Tracer):
         self,
         arguments: Mapping[Slot, Any],
         snapshot: Snapshot,
-        opaque: Mapping[str, NotLocal],
+        opaque: dict[str, NotLocal],
         freeze_batchnorm: bool,
     ):
         super().__init__(autowrap_functions=functions())
@@ -101,11 +101,11 @@ class _Tracer(fx.Tracer):
         self.frozen: set[str] = set()
         self.attributes: dict[str, dict[str, Held]] = {}
         self.entered: list[str] = []
-        self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
         self.flags: dict[fx.Node, tuple[str, bool]] = {}
         self.facts = Facts({}, {})
         self.asked: set[fx.Node] = set()
+        self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self.region = _region()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -166,15 +166,37 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
-        drawn = RandomState()
+        drawn, depth, known = RandomState(), len(self.module_stack), len(self.opaque)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            _check_unchanged(self.snapshot, m, *m.children())
-            _check_nothing_drawn(drawn)
-        except Exception:
-            self.failed_in = self.failed_in or path
-            raise
-        return result
+            try:
+                _check_unchanged(self.snapshot, m, *m.children())
+                _check_nothing_drawn(drawn)
+            except UnrecordedError:
+                # A module in it that has failed may have left this behind. The next trace will tell.
+                if len(self.opaque) == known:
+                    raise
+            return result
+        except Exception as error:
+            self.opaque[path] = _opaque(error)
+        # The model around it may be traceable. We go on as if it were one call, to find all such modules in one trace.
+        self.snapshot.restore_reached(m.modules())
+        torch.set_grad_enabled(self.region[0])
+        while len(self.module_stack) > depth:
+            self.module_stack.popitem()
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """What a forward gets for an attribute: a proxy for a parameter or buffer.
+
+        fx would search the whole model for the tensor each time.
+        """
+        if self.facts.computing or id(attr_val) not in self.tensors:
+            return attr_val
+        name, _ = self.tensors[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def to_bool(self, obj: Proxy) -> bool:
         if obj.node in self.flags:
@@ -186,12 +208,11 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return (obj[index] for index in range(self.answer("length", obj.node)))  # type: ignore[index]  # RecordingProxy is
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        return attr_val if self.facts.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
-
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
         forms = {slot.name: form for slot, form in self.arguments.items()}
         self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self.tensors.setdefault(id(tensor), (name, tensor))
         with self._watched_flags(root), replaced_functions(self.create_proxy):
             return super().trace(root, concrete_args)
 
@@ -212,10 +233,11 @@ class _Tracer(fx.Tracer):
             watched = self._watched(type(module), path)
             self.classes[module] = type(module)
             module.__class__ = watched
-        except TypeError:  # its class cannot be extended
+        except TypeError as error:  # its class cannot be extended
             self.classes.pop(module, None)
-            self.failed_in = path or None
-            raise
+            if not path:
+                raise
+            self.opaque[path] = _opaque(error)
 
     def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
         def training(module: nn.Module) -> Any:
@@ -279,9 +301,12 @@ def trace(
 def _trace(
     model: nn.Module, arguments: Mapping[Slot, Any], opaque: dict[str, NotLocal], freeze_batchnorm: bool
 ) -> Trace:
-    """See `trace`. Adds to `opaque` the modules that cannot be traced through."""
+    """See `trace`. Adds to `opaque` the modules that cannot be traced through.
+
+    One trace finds them, and another one leaves them out from the start, so that nothing remains of their forwards.
+    """
     while True:
-        snapshot, drawn = Snapshot(model), RandomState()
+        snapshot, drawn, known = Snapshot(model), RandomState(), len(opaque)
         tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm)
         try:
             if "forward" in vars(model):
@@ -293,20 +318,24 @@ def _trace(
             _check_unchanged(snapshot, *model.modules())
             _check_nothing_drawn(drawn)
         except Exception as error:
-            if tracer.failed_in is None:
+            if len(opaque) == known:
                 raise TraceError(_explain(model, error)) from error
-            # The model around it may be traceable, so leave this module as one call.
-            why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
-            opaque[tracer.failed_in] = NotLocal(why, "make it traceable")
-            continue
         finally:
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             snapshot.restore()
             drawn.restore()
+        if len(opaque) > known:
+            continue
         _remove_unused(graph, tracer)
         given = Given(arguments, tracer.facts.question, surroundings(model))
         assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
+
+
+def _opaque(error: Exception) -> NotLocal:
+    """Why a module that has raised an error while it was traced is not local."""
+    why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
+    return NotLocal(why, "make it traceable")
 
 
 def _region() -> tuple[Any, ...]:
