@@ -50,7 +50,7 @@ def analyze(
         ReceptiveField(size=11, stride=4, padding=3)
     """
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
-    names = image_names(traced, example_input)
+    names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
 
 

@@ -99,7 +99,7 @@ def convert(
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
-    names = image_names(traced, example_input)
+    names = image_names(traced, image)
     settings = Settings(names, parse_tile_shape(tile_shape, names), freeze_batchnorm, parse_bytes(memory_budget))
     settings.check()
     # 3. Find the prefix; 4. partition the traced graph.

@@ -28,7 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
 import fxstream
 from fxstream.geometry.axes import Value
 from fxstream.geometry.window import Sliding, Span
-from fxstream.graph.trace import trace
+from fxstream.graph.example import traced_with_example
 from fxstream.ops import Local, pointwise, register
 from fxstream.ops.border import fit
 from fxstream.ops.pool import INFINITE_IS_MAXIMUM
@@ -1182,7 +1182,7 @@ def _reached(case: Case) -> Iterator[Any]:
         return
     if isinstance(case.op, nn.Module):
         case.op.eval()
-    traced = trace(_as_module(case.op, case.args, dict(case.kwargs)), {}, False)
+    traced = traced_with_example(_as_module(case.op, case.args, dict(case.kwargs)), None, None, freeze_batchnorm=False)
     for node in traced.graph.nodes:
         if not node.op.startswith("call"):
             continue

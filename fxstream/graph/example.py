@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -34,9 +35,10 @@ def traced_with_example(
         try:
             found = trace(model, arguments, {}, freeze_batchnorm)
         except TraceError as error:
-            if example_input is not None and (own := rejection(model, arguments, error)):
+            own = rejection(model, arguments, error)
+            if own is not None and example_input is not None:
                 raise own from None
-            failure = failure or error
+            failure = failure or (error if own is None else _rejected(model, own))
             continue
         if best is None or len(found.opaque) < len(best.opaque):
             best = found
@@ -46,6 +48,14 @@ def traced_with_example(
         assert failure is not None
         raise failure
     return best
+
+
+def _rejected(model: nn.Module, own: Exception) -> TraceError:
+    sizes = ", ".join(map(str, _SIZES))
+    return TraceError(
+        f"{type(model).__name__}.forward accepts no image of the sizes with which it could be traced ({sizes}): "
+        f"{type(own).__name__}: {own}. Way out: give an example_input that it accepts"
+    )
 
 
 def image_slot(slots: Mapping[Slot, Any], image: str | None) -> Slot:
@@ -69,12 +79,17 @@ def rejection(model: nn.Module, arguments: Mapping[Slot, Any], error: TraceError
         with torch.no_grad():
             torch.func.functional_call(model, tensors_on_meta(model), tuple(args), kwargs)
     except Exception as own:  # whatever a user's forward may raise
-        same = type(own) is type(cause) and str(own) == str(cause)
-        return own if same else None
+        return own if cause is not None and _raised_at(own) == _raised_at(cause) else None
     finally:
         snapshot.restore()
         drawn.restore()
     return None
+
+
+def _raised_at(error: BaseException) -> Any:
+    """The line of code that has raised an error."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return type(error), frame.f_code, line
 
 
 def _on_meta(form: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,25 +79,8 @@ class RecordingProxy(Proxy):
     def __hash__(self) -> int:
         return object.__hash__(self) if self._is_tensor() else hash(self.tracer.answer("value", self.node))
 
-    def __str__(self) -> str:
-        return self.__format__("")
-
-    def __format__(self, form: str) -> str:
-        if _is_asked_by_torch() or self._is_tensor():
-            return repr(self)
-        return format(self.tracer.answer("value", self.node), form)
-
     def _is_tensor(self) -> bool:
         return issubclass(self.tracer.answer("type_of", self.node), torch.Tensor)
-
-
-def _is_asked_by_torch() -> bool:
-    """Whether torch or fxstream has called the function that calls this one."""
-    frame = sys._getframe(2)
-    while frame.f_code.co_filename == __file__:  # one special method may call another
-        assert frame.f_back is not None
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "fxstream")
 
 
 def _inplace(name: str) -> Callable[[RecordingProxy, Any], Proxy]:

@@ -26,10 +26,11 @@ _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabl
 
 
 @contextmanager
-def replaced_functions(record: Callable[..., Proxy]) -> Iterator[None]:
+def replaced_functions(record: Callable[..., Proxy], recording: Callable[[], bool]) -> Iterator[None]:
     """In this context, some functions record a call with a proxy, answer it, or refuse it.
 
-    `record` makes a node, with the arguments of `fx.Tracer.create_proxy`.
+    `record` makes a node, with the arguments of `fx.Tracer.create_proxy`. `recording` tells whether it is the traced
+    forward that asks.
 
     - Functions that make tensors record it. Torch itself asks a proxy only where it expects a tensor.
     - An autograd.Function refuses it, and questions about the state of a call refuse whoever asks.
@@ -41,15 +42,15 @@ def replaced_functions(record: Callable[..., Proxy]) -> Iterator[None]:
     made = {name: getattr(torch, name) for name in _FACTORIES}
     asked = {name: getattr(torch, name) for name in _QUESTIONS}
     apply, instance = vars(torch.autograd.Function)["apply"], builtins.isinstance
-    recording = _Recording(made.values(), record)
+    factories = _Factories(made.values(), record)
     for name, function in made.items():
-        setattr(torch, name, recording.instead_of(function))
+        setattr(torch, name, factories.instead_of(function))
     for name, function in asked.items():
-        setattr(torch, name, _refused_question(function))
+        setattr(torch, name, _refused_question(function, recording))
     torch.autograd.Function.apply = _refused_function(apply)
     builtins.isinstance = _answered(instance)
     try:
-        with recording:
+        with factories:
             yield
     finally:
         builtins.isinstance = instance
@@ -58,7 +59,7 @@ def replaced_functions(record: Callable[..., Proxy]) -> Iterator[None]:
             setattr(torch, name, function)
 
 
-class _Recording(TorchFunctionMode):
+class _Factories(TorchFunctionMode):
     """Records calls of some functions with a proxy, whatever name they are called by."""
 
     def __init__(self, functions: Any, record: Callable[..., Proxy]):
@@ -91,12 +92,12 @@ def _refused_function(apply: Any) -> Any:
     return classmethod(refuse)
 
 
-def _refused_question(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which answers torch and us, but refuses a user's forward."""
+def _refused_question(function: Callable[..., Any], recording: Callable[[], bool]) -> Callable[..., Any]:
+    """The function, which answers torch and us, but refuses a user's forward while it is being traced."""
 
     def answer(*args: Any) -> Any:
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.partition(".")[0] in ("torch", "fxstream"):
+        if not recording() or asking.partition(".")[0] in ("torch", "fxstream"):
             return function(*args)
         raise UnrecordedError(f"it asks torch.{function.__name__}(), whose answer fx does not record")
 

@@ -107,6 +107,14 @@ class _Tracer(fx.Tracer):
         self.asked: set[fx.Node] = set()
         self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self.region = _region()
+        self.thread = threading.get_ident()
+
+    def recording(self) -> bool:
+        """Whether whoever asks is the forward that is being traced.
+
+        fx replaces methods of all modules, and other threads may run models meanwhile.
+        """
+        return hasattr(self, "graph") and not self.facts.computing and threading.get_ident() == self.thread
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _region() != self.region:
@@ -160,7 +168,7 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.facts.computing:
+        if not self.recording():
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
@@ -191,7 +199,7 @@ class _Tracer(fx.Tracer):
 
         fx would search the whole model for the tensor each time.
         """
-        if self.facts.computing or id(attr_val) not in self.tensors:
+        if not self.recording() or id(attr_val) not in self.tensors:
             return attr_val
         name, _ = self.tensors[id(attr_val)]
         if name not in parameter_proxy_cache:
@@ -213,7 +221,7 @@ class _Tracer(fx.Tracer):
         self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.tensors.setdefault(id(tensor), (name, tensor))
-        with self._watched_flags(root), replaced_functions(self.create_proxy):
+        with self._watched_flags(root), replaced_functions(self.create_proxy, self.recording):
             return super().trace(root, concrete_args)
 
     @contextmanager
@@ -241,7 +249,7 @@ class _Tracer(fx.Tracer):
 
     def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
         def training(module: nn.Module) -> Any:
-            if not hasattr(self, "graph") or self.facts.computing:
+            if not self.recording():
                 return module.__dict__["training"]
             if self.freeze_batchnorm and issubclass(original, _BatchNorm):
                 self.frozen.add(path)
@@ -255,8 +263,7 @@ class _Tracer(fx.Tracer):
 
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
-            recording = hasattr(self, "graph") and not self.facts.computing
-            if recording and name not in _OF_MODULES and not name.startswith("__"):
+            if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
                 # The converted model is of another class than the root, so it does not have its class attributes.
                 own = bool(path) or name in original.__getattribute__(module, "__dict__")
                 if own and (parts := held(value)) != {}:

@@ -126,6 +126,7 @@ class Converted(fx.GraphModule):
         twin: Converted = type(self).__new__(type(self))
         memo[id(self)] = twin
         vars(twin).update({name: copy.deepcopy(value, memo) for name, value in self._state().items()})
+        twin._call_variants = Variants()
         twin._adopt(copy.deepcopy(self._graph, memo))
         return twin
 
