@@ -671,6 +671,79 @@ INDEX_CASES = [
     _call(torch.roll, (3,), (-3,)),
 ]
 
+# Writes by index. Each writes into a copy of the image, from the image itself or from a constant.
+
+
+class Written(nn.Module):
+    """The image times 1.5, into a part of which a value is written that is computed from the image or is given."""
+
+    def __init__(self, index: Any, value: Any):
+        super().__init__()
+        self.index, self.value = index, value
+        self.constant = nn.Parameter(value) if isinstance(value, torch.Tensor) else None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        y = image * 1.5
+        index = self.index(y) if callable(self.index) else self.index
+        y[index] = (
+            self.constant if self.constant is not None else self.value(image) if callable(self.value) else self.value
+        )
+        return y
+
+
+ALL = slice(None)
+ROW = torch.linspace(0.5, 1.5, 4)
+WRITES: dict[str, tuple[Any, Any]] = {
+    "[:, 0] = number": ((ALL, 0), 0),
+    "[:, -1] = value": ((ALL, -1), lambda x: x[:, 1].sin()),
+    "[:, 1:3] = value": ((ALL, slice(1, 3)), lambda x: x[:, :2]),
+    "[:, 1:3] = one channel": ((ALL, slice(1, 3)), lambda x: x[:, :1]),
+    "[:, [2, 0]] = value": ((ALL, [2, 0]), lambda x: x[:, 1:3]),
+    "[:, tensor] = constant": ((ALL, torch.tensor([2, 1])), ROW[:2].view(2, 1, 1)),
+    "[:, mask of channels] = value": ((ALL, ROW > 1), lambda x: x[:, :2]),
+    "[:] = constant": (ALL, ROW.view(4, 1, 1)),
+    "[...] = constant": (Ellipsis, ROW[1]),
+    "[mask] = number": (lambda y: y < 0.1, 0),
+    "[mask] = constant": (lambda y: y > 0.3, ROW[0]),
+    "[constant mask] = number": (torch.arange(504).view(PLANE) % 3 == 0, -1.5),
+    "[mask of images and channels] = number": ((torch.arange(12) % 3 == 0).view(3, 4), 2),
+}
+PARTS: dict[str, tuple[Any, Any]] = {
+    "[:, :, 1:] = rows above": ((ALL, ALL, slice(1, None)), lambda x: x[:, :, :-1]),
+    "[:, :, :-1] = rows below": ((ALL, ALL, slice(None, -1)), lambda x: x[:, :, 1:]),
+    "[..., 1:-1, :-2] = shifted": ((Ellipsis, slice(1, -1), slice(None, -2)), lambda x: x[:, :, 1:-1, 2:]),
+    "[:, :, ::2] = value": ((ALL, ALL, slice(None, None, 2)), lambda x: x[:, :, ::2].exp()),
+    "[:, :, 2::3, 1::2] = value": (
+        (ALL, ALL, slice(2, None, 3), slice(1, None, 2)),
+        lambda x: x[:, :, 2::3, 1::2] * x[:, :, 1:-1:3, ::2][:, :, : x[:, :, 2::3].shape[2], : x.shape[3] // 2],
+    ),
+    "[:, 1, -3:] = number": ((ALL, 1, slice(-3, None)), 5.0),
+    "[1:] = value": (slice(1, None), lambda x: x[:-1]),
+    "[:, :, 2:4] = constant": ((ALL, ALL, slice(2, 4)), ROW.view(4, 1, 1)),
+    "[:, :, 0] = number": ((ALL, ALL, 0), 0),
+    "[..., -1] = constant": ((Ellipsis, -1), ROW.view(4, 1)),
+    "up to a size": (lambda y: (ALL, ALL, slice(None, y.shape[2] // 2)), 3.0),
+    "from a size": (
+        lambda y: (ALL, ALL, slice(y.shape[2] // 2, None)),
+        lambda x: x.sin()[:, :, x.shape[2] // 2 :],
+    ),
+    "at a size": (lambda y: (ALL, ALL, y.shape[2] // 2), 3.0),
+}
+WRITE_CASES = [
+    *(Case(f"write {label}", Written(*write)) for label, write in WRITES.items()),
+    *(Case(f"write {label}", Written(*write), trials=6, fixed=True) for label, write in PARTS.items()),
+    *_named(
+        {
+            "zero_": lambda x: (x * 2).zero_(),
+            "fill_": lambda x: (x * 2).fill_(1.5),
+            "copy_": lambda x: (x * 2).copy_(x[:, :1]),
+            "several rules": lambda x: torch.zeros_like(x).copy_(x).zero_() + x,
+        }
+    ),
+    Case("fill_ by a parameter", With(lambda x, p: (x * 2).fill_(p), torch.ones(()))),
+    Case("copy_ of a parameter", With(lambda x, p: (x * 2).copy_(p), torch.ones(4, 1, 1))),
+]
+
 # Products, attention: along the batch, and along whatever they do not sum or attend over.
 
 
@@ -1131,6 +1204,7 @@ CASES = [
     *SHAPE_CASES,
     *SIZE_CASES,
     *INDEX_CASES,
+    *WRITE_CASES,
     *PRODUCT_CASES,
     *OTHER_CASES,
     *CAST_CASES,

@@ -213,4 +213,44 @@ class Table(Window):
         return Span(0, self.size(length), 0, length, (0, 0), (0, 0), length)
 
 
+@dataclass(frozen=True)
+class Placed(Window):
+    """The window of rows that are written into a longer value: row `start + i * step` of `target` rows is row `i`.
+
+    The other rows of the result read none of them.
+    """
+
+    start: int
+    step: int
+    count: int | None
+    """The number of rows that are written; None before a call."""
+    target: int | None
+    """The number of rows of the result; None before a call."""
+
+    extent = 1
+
+    @property
+    def stride(self) -> int | None:  # type: ignore[override]  # derived here, a plain attribute elsewhere
+        return 1 if self.step == 1 else None
+
+    @property
+    def before(self) -> int:  # type: ignore[override]
+        return self.start
+
+    def size(self, length: int) -> int:
+        if self.target is None or length != self.count:
+            raise ValueError(f"{length} rows are written in the place of {self.count}")
+        return self.target
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        # Rows in a gap, before or behind the written ones get the nearest row before them: never an empty block.
+        first = (start - self.start) // self.step
+        last = (stop - 1 - self.start) // self.step + 1
+        lo, hi = min(max(first, 0), length - 1), max(min(last, length), 1)
+        return Span(start, stop, lo, hi, (0, 0), (0, 0), length)
+
+    def whole(self, length: int) -> Span:
+        return Span(0, self.size(length), 0, length, (0, 0), (0, 0), length)
+
+
 IDENTITY = Sliding()

@@ -23,6 +23,7 @@ from . import (
     shuffle,
     unfold,
     whole,
+    write,
 )
 from .border import fit
 from .registry import (
@@ -78,4 +79,4 @@ __all__ += [
     "pool",
     "products",
 ]
-__all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]
+__all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole", "write"]

@@ -118,6 +118,11 @@ class Local:
 
     Along any other dimension, each position of the result reads the same position of the operands.
     """
+    windows_of: Mapping[Value, Mapping[int, Window]] = field(default_factory=dict)
+    """Operands of which each is read through windows of its own, in place of `windows`, along its own dimensions.
+
+    The spans that `run` gets are those of the first operand.
+    """
     mutates: Value | None = None
     """The operand that the operation overwrites in the plain model, or None. `run` does not overwrite it."""
     aliases: Value | None = None
@@ -132,7 +137,7 @@ class Local:
 
     def window(self, value: Value, axis: str) -> Window:
         """The window through which the operation reads one of its operands along a streamed axis."""
-        return self.windows.get(value.position(axis), IDENTITY)
+        return self.windows_of.get(value, self.windows).get(value.position(axis), IDENTITY)
 
 
 @dataclass(frozen=True, eq=False)
