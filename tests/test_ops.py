@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from reference import randomise
 from timm.layers import DropPath, drop_path
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import fx, nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
@@ -349,6 +353,25 @@ PAD_CASES = [
     _call(F.pad, (0, 0, 0, 0, 0, 0, 1, 1), axes="HW"),
     _call(F.pad, (-5, 9)),
     _call(F.pad, (0, 0, 0, 0)),
+]
+
+# TensorFlow's padding "SAME", which follows from the size of the image, as timm's layers have it.
+
+SAME_CASES = [
+    *(_call(pad_same, *geometry) for geometry in (((3, 3), (2, 2)), ((4, 2), (3, 1), (2, 3)), ((1, 2), (1, 2)))),
+    _call(pad_same, (3, 2), (2, 4), value=-1.5),
+    *(
+        _call(Conv2dSame(4, 2, kernel, stride, dilation=dilation))
+        for kernel, stride, dilation in product((1, 2, 5), (1, 2, 3), (1, 2))
+    ),
+    *(
+        _call(pool(kernel, stride, ceil_mode=ceil))
+        for pool, kernel, stride, ceil in product((MaxPool2dSame, AvgPool2dSame), (2, 3), (1, 2, 4), (False, True))
+    ),
+    _call(AvgPool2dSame(3, 2, count_include_pad=False)),
+    _call(StdConv2dSame(4, 2, 3, 2)),
+    _call(StdConv2dSame(4, 2, 3)),
+    _call(ScaledStdConv2dSame(4, 2, (3, 2), 2)),
 ]
 
 # Resampling. In mode 'nearest', torch's own backward and forward disagree at some other scale factors.
@@ -1197,6 +1220,7 @@ CASES = [
     *CONV_CASES,
     *POOL_CASES,
     *PAD_CASES,
+    *SAME_CASES,
     *RESAMPLING_CASES,
     *SHUFFLE_CASES,
     *NORM_CASES,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fxstream.geometry.grid import Grid, Index, Tile
 from fxstream.geometry.schedule import Axis, AxisGraph, SizeError, readers, schedule
-from fxstream.geometry.window import IDENTITY, Border, Placed, Sliding, Span, Transposed, Window
+from fxstream.geometry.window import IDENTITY, Border, Placed, Same, Sliding, Span, Transposed, Window
 
 Labels = npt.NDArray[np.int64]
 
@@ -63,8 +63,9 @@ def transposed(draw: st.DrawFn) -> Transposed:
 
 
 poolings = st.builds(Sliding, st.integers(1, 4), st.integers(1, 4), ceil_mode=st.booleans())
+same_paddings = st.builds(Same, st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
 any_window: st.SearchStrategy[Window] = st.one_of(
-    same_convolutions(), wild_windows(), poolings, transposed(), st.just(IDENTITY)
+    same_convolutions(), wild_windows(), poolings, transposed(), same_paddings, st.just(IDENTITY)
 )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxstream.geometry.window import IDENTITY, Border, Placed, Sliding, Span
+from fxstream.geometry.window import IDENTITY, Border, Placed, Same, Sliding, Span
 
 BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate")
 TORCH_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
@@ -173,6 +173,24 @@ def test_rows_that_are_placed_are_read_where_they_are_written(start: int, step: 
     assert all(span.hi - span.lo == 1 for span in spans)
     with pytest.raises(ValueError, match=f"{count + 1} rows are written in the place of {count}"):
         window.size(count + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(kernel=st.integers(1, 5), step=st.integers(1, 5), dilation=st.integers(1, 3), length=st.integers(1, 40))
+def test_same_padding_is_the_least_one_with_a_row_for_every_step(
+    kernel: int, step: int, dilation: int, length: int
+) -> None:
+    window = Same(kernel, step, dilation)
+    before, after = window.at(length).before, window.at(length).after
+    follower = Sliding(kernel, step, dilation)
+    count = -(-length // step)
+    assert window.size(length) == length + before + after
+    # Where the kernel is smaller than the step, more rows than are needed may be there already.
+    assert follower.size(window.size(length)) == count
+    assert 0 <= after - before <= 1
+    assert before + after == 0 or window.size(length) == (count - 1) * step + follower.extent
+    # The receptive field holds for every length.
+    assert window.before - window.extent + 1 <= before <= window.before
 
 
 def test_reflect_padding_must_be_smaller_than_the_image() -> None:

@@ -214,6 +214,49 @@ class Table(Window):
 
 
 @dataclass(frozen=True)
+class Same(Window):
+    """TensorFlow's padding "SAME", in front of a convolution or pooling that has a `kernel` and moves by `step` rows.
+
+    It is the least padding with which there is one output row for every `step` rows, the last of which may be
+    incomplete. So it follows from the number of rows. An odd row of padding goes behind the image.
+    """
+
+    kernel: int
+    step: int
+    dilation: int = 1
+
+    stride = 1
+
+    @property
+    def extent(self) -> int:  # type: ignore[override]  # derived here, a plain attribute elsewhere
+        # A bound for all lengths, as `before` is.
+        return 1 + self.before - max(self._reach - self.step, 0) // 2
+
+    @property
+    def before(self) -> int:  # type: ignore[override]
+        return (self._reach - 1) // 2
+
+    @property
+    def _reach(self) -> int:
+        """Rows under the kernel, from the first to the last."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    def at(self, length: int) -> Sliding:
+        """The window for `length` rows."""
+        total = max((-(-length // self.step) - 1) * self.step + self._reach - length, 0)
+        return Sliding(before=total // 2, after=total - total // 2)
+
+    def size(self, length: int) -> int:
+        return self.at(length).size(length)
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        return self.at(length).span(start, stop, length)
+
+    def whole(self, length: int) -> Span:
+        return self.at(length).whole(length)
+
+
+@dataclass(frozen=True)
 class Placed(Window):
     """The window of rows that are written into a longer value: row `start + i * step` of `target` rows is row `i`.
 
