@@ -643,6 +643,57 @@ SIZE_CASES = [
     ),
 ]
 
+# Tensors made of sizes and types of values: maps, coordinates, numbers.
+
+
+def _all_made(x: torch.Tensor) -> torch.Tensor:
+    """Every way to fill a map of a value's size."""
+    n, _, h, w = x.shape
+    like = {"dtype": x.dtype, "device": x.device}
+    new = [x.new_zeros(n, 1, h, w), x.new_ones((n, 1, h, w)), x.new_full((n, 1, h, w), 2.5)]
+    made = [torch.zeros((n, 1, h, w), **like), torch.ones(size=(n, 1, h, w), **like), torch.full((n, 1, h, w), 3.0)]
+    empty = [x.new_empty((n, 2, h, w)).fill_(0.5), torch.empty((n, 1, h, w), **like).fill_(0.25)]
+    return torch.cat([x, *new, *made, *empty], 1)
+
+
+def _coordinates(x: torch.Tensor) -> torch.Tensor:
+    n, _, h, w = x.shape
+    down = torch.linspace(-1, 1, h, dtype=x.dtype, device=x.device).view(1, 1, h, 1).expand(n, 1, h, w)
+    along = torch.arange(w, device=x.device).to(x)[None, None, None].repeat(n, 1, 1, 1)
+    return torch.cat([x, down, x * along / w], 1) + torch.logspace(0, 1, w).to(x.dtype)
+
+
+def _mesh(x: torch.Tensor) -> torch.Tensor:
+    down, along = torch.meshgrid(torch.arange(x.size(2)), torch.arange(x.size(3)), indexing="ij")
+    both = torch.stack([down, along]).unsqueeze(0).repeat(x.shape[0], 1, 1, 1).to(x.dtype)
+    return torch.cat([x, both / 10], 1)
+
+
+def _like_others(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    half = x.half()
+    typed = torch.ones(4, 1, 1).type_as(half) * torch.tensor([2.0], dtype=half.dtype)
+    return (
+        half * half.new_tensor(2.0) + torch.ones(1, dtype=half.dtype, device=half.device),
+        torch.where(x > 0, x, x.new_tensor(-1.5)) * x.new_tensor([1.0, 2.0, 3.0, 4.0]).view(1, -1, 1, 1),
+        x.to(half.dtype) + typed.exp(),
+        x.float().to(dtype=x.dtype),
+        torch.as_tensor(2.0, dtype=x.dtype) * x + torch.asarray([1.0]).to(x) + torch.scalar_tensor(3, dtype=x.dtype),
+        x * torch.eye(x.size(0))[:, :1, None, None],
+    )
+
+
+MADE_CASES = [
+    *_named({"maps": _all_made, "coordinates": _coordinates, "a grid": _mesh, "types": _like_others}),
+    *(
+        Case(f"of a parameter and sizes: {label}", Token(make, 4, 1, 1))
+        for label, make in (
+            ("scaled", lambda t, x: t * x.shape[2]),
+            ("not a view", lambda t, x: (t * x.shape[3]).sigmoid().to(x * 2)),
+            ("a slice", lambda t, x: t[:, :, : x.shape[3]] * x.shape[1]),
+        )
+    ),
+]
+
 # Values cut apart and joined.
 
 CHANNELS = [0, 1, 2, 3]  # picked, so that their number is known at conversion
@@ -1227,6 +1278,7 @@ CASES = [
     *REDUCTION_CASES,
     *SHAPE_CASES,
     *SIZE_CASES,
+    *MADE_CASES,
     *INDEX_CASES,
     *WRITE_CASES,
     *PRODUCT_CASES,
