@@ -398,6 +398,19 @@ def _resamplings() -> Iterator[Case]:
     for mode in ("bilinear", "bicubic"):
         yield _call(F.interpolate, scale_factor=0.5, mode=mode, antialias=True, axes="N")
     yield _call(F.interpolate, scale_factor=0.7, mode="area", axes="N", fixed=True)
+    for shape, scale in product(SHAPES.values(), (0.5, 0.3, 2.5)):
+        yield _call(F.interpolate, scale_factor=scale, mode="area", shape=shape, fixed=scale < 1)
+    yield _call(F.interpolate, (3, 11), mode="area")
+    yield _call(nn.Upsample((5, 4), mode="area"))
+    # An image that is one pixel wide is resampled wrongly by torch, which takes it for channels_last.
+    for mode, scale, corners in product(("bilinear", "bicubic"), (0.5, 0.3, (1.7, 1.0)), (False, True)):
+        options = {"mode": mode, "align_corners": corners, "antialias": True}
+        yield _call(F.interpolate, scale_factor=scale, shape=(3, 4, 13, 9), fixed=True, **options)
+    for mode, size in product(("bilinear", "bicubic"), ((4, 9), (1, 20), (13, 2))):
+        yield _call(F.interpolate, size, mode=mode, antialias=True, shape=(2, 2, 13, 9), fixed=True)
+    yield _call(
+        F.interpolate, scale_factor=0.4, mode="bicubic", antialias=True, recompute_scale_factor=True, fixed=True
+    )
     yield _call(F.interpolate, scale_factor=2.7, mode="bilinear", axes="N")
     yield _call(nn.Upsample(scale_factor=2))
     yield _call(nn.Upsample(size=(9, 4), mode="bicubic", align_corners=True))
