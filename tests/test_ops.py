@@ -18,6 +18,8 @@ from zlib import crc32
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange, Reduce
 from reference import randomise
 from timm.layers import DropPath, drop_path
 from timm.layers.conv2d_same import Conv2dSame
@@ -690,7 +692,9 @@ def _like_others(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.where(x > 0, x, x.new_tensor(-1.5)) * x.new_tensor([1.0, 2.0, 3.0, 4.0]).view(1, -1, 1, 1),
         x.to(half.dtype) + typed.exp(),
         x.float().to(dtype=x.dtype),
-        torch.as_tensor(2.0, dtype=x.dtype) * x + torch.asarray([1.0]).to(x) + torch.scalar_tensor(3, dtype=x.dtype),
+        torch.as_tensor(2.0, dtype=x.dtype) * x
+        + torch.asarray(1.0, dtype=x.dtype)
+        + torch.scalar_tensor(3, dtype=x.dtype),
         x * torch.eye(x.size(0))[:, :1, None, None],
     )
 
@@ -705,6 +709,45 @@ MADE_CASES = [
             ("a slice", lambda t, x: t[:, :, : x.shape[3]] * x.shape[1]),
         )
     ),
+]
+
+# einops.
+
+
+class Rearranged(nn.Module):
+    """Calls by a global name, which torch.fx records as such; lengths may follow from the sizes of the image."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        windows = rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=2, q=3)
+        rows = repeat(reduce(x, "b c h w -> b 1 h w", "mean"), "b 1 h w -> b k h w", k=x.shape[1])
+        return windows, x + rows
+
+
+LONG = (3, 4, 12, 6)
+EINOPS_CASES = [
+    *(
+        _call(function, pattern, shape=LONG, axes=axes, **options)
+        for function, pattern, axes, options in (
+            (rearrange, "b c (h p) (w q) -> b (c p q) h w", None, {"p": 2, "q": 3}),
+            (rearrange, "b (c p q) h w -> b c (h p) (w q)", None, {"p": 2, "q": 2}),
+            (rearrange, "b c (h p) w -> p b c h w", None, {"p": 2}),
+            (rearrange, "b (g c) h w -> (g b) c h w", "HW", {"g": 2}),
+            (rearrange, "b (g c) h w -> (b g) c h w", None, {"c": 2}),
+            (rearrange, "b c (h p) (w q) -> (b h w) c p q", "N", {"p": 2, "q": 3}),
+            (rearrange, "b c ... -> b ... c", None, {}),
+            (rearrange, "b c ... -> b c (...)", "N", {}),
+            (rearrange, "b c h w -> b () c h w 1", None, {}),
+            (reduce, "b c (h 2) (w 3) -> b c h w", None, {"reduction": "mean"}),
+            (reduce, "b (c d) h w -> b c h w", None, {"reduction": "max", "d": 2}),
+            (reduce, "b c h w -> b h w", None, {"reduction": "sum"}),
+            (reduce, "b c h w -> b c", "N", {"reduction": "prod"}),
+            (repeat, "b c h w -> b c (h 2) (w r)", None, {"r": 3}),
+            (repeat, "b c h w -> k (b n) c h w", None, {"k": 3, "n": 2}),
+        )
+    ),
+    _call(Rearrange("b c (h p) (w q) -> b (c p q) h w", p=2, q=3), shape=LONG),
+    _call(Reduce("b c (h p) (w q) -> b c h w", "min", p=2, q=3), shape=LONG),
+    Case("by a global name", Rearranged(), LONG, fixed=True),
 ]
 
 # Values cut apart and joined.
@@ -1292,6 +1335,7 @@ CASES = [
     *SHAPE_CASES,
     *SIZE_CASES,
     *MADE_CASES,
+    *EINOPS_CASES,
     *INDEX_CASES,
     *WRITE_CASES,
     *PRODUCT_CASES,

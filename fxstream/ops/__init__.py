@@ -18,6 +18,7 @@ from . import (
     pointwise,
     pool,
     products,
+    rearrange,
     reduce,
     resample,
     shape,
@@ -85,4 +86,4 @@ __all__ += [
     "pool",
     "products",
 ]
-__all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole", "write"]
+__all__ += ["rearrange", "reduce", "resample", "shape", "shuffle", "unfold", "whole", "write"]
