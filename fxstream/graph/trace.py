@@ -33,6 +33,7 @@ from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .attributes import Held, held
 from .hooks import computed_weights, has_hooks
 from .proxy import Kind, RecordingProxy, UnrecordedError, answered_isinstance, kind_of
+from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
 from .snapshot import RandomState, Snapshot
 
 
@@ -103,10 +104,19 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> fx.node.Argument:
-        # fx would make a plain dict of it.
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
-        return super().create_arg(a)
+        try:
+            found = parts(a) if is_rebuilt(a) and not is_named_tuple(a) else None
+            if found is None:
+                return super().create_arg(a)
+        except (NotImplementedError, NotCopiedError) as error:
+            raise UnrecordedError(
+                f"it returns or hands on an object of the class {type(a).__module__}.{type(a).__qualname__}, which a "
+                "graph does not hold; it would hold one of a dataclass, or of a class that "
+                "torch.utils._pytree.register_pytree_node has been called for"
+            ) from error
+        return self.create_proxy("call_function", *found, {}).node
 
     def proxy(self, node: fx.Node) -> Proxy:
         return RecordingProxy(self, node)
