@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference import Body, handed_over, image, pair
+from reference import Body, image, pair
 from torch import nn
 from torch.utils import _pytree
 
