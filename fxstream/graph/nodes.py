@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..ops import Rule, inplace, rule_for, rule_for_module
+from .rebuild import only_makes
 
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {*inplace.FUNCTIONS.values(), *(getattr(operator, name) for name in inplace.NAMES), operator.setitem}
@@ -55,6 +56,8 @@ def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         own = rule_for_module(module) is None and not type(module).__module__.startswith("torch.nn.")
         return own or any(getattr(part, "inplace", False) for part in module.modules())
+    if only_makes(node.target):
+        return False
     if node.op == "call_function" and (getattr(node.target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
         return True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

@@ -36,6 +36,7 @@ from .attributes import Held, held
 from .facts import Facts, UnknownFactError
 from .hooks import computed_weights, has_hooks
 from .proxy import RecordingProxy, UnrecordedError
+from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
 from .replaced import replaced_functions
 from .snapshot import RandomState, Snapshot
 
@@ -124,10 +125,19 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> fx.node.Argument:
-        # fx would make a plain dict of it.
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
-        return super().create_arg(a)
+        try:
+            found = parts(a) if is_rebuilt(a) and not is_named_tuple(a) else None
+            if found is None:
+                return super().create_arg(a)
+        except (NotImplementedError, NotCopiedError) as error:
+            raise UnrecordedError(
+                f"it returns or hands on an object of the class {type(a).__module__}.{type(a).__qualname__}, which a "
+                "graph does not hold; it would hold one of a dataclass, or of a class that "
+                "torch.utils._pytree.register_pytree_node has been called for"
+            ) from error
+        return self.create_proxy("call_function", *found, {}).node
 
     def proxy(self, node: fx.Node) -> Proxy:
         return RecordingProxy(self, node)
