@@ -331,6 +331,7 @@ def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool
         if len(opaque) > known:
             continue
         _remove_unused_flags(graph, tracer)
+        _forget_wrapped(graph)
         assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
 
@@ -361,6 +362,16 @@ def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:
     for node in tracer.flags:
         if not node.users:
             graph.erase_node(node)
+
+
+def _forget_wrapped(graph: fx.Graph) -> None:
+    """Do not let the code that fx generates call `torch.fx.wrap` for functions of torch.
+
+    Their names have dots, and every later trace in the process would fail.
+    """
+    for node in graph.nodes:
+        if (getattr(node.target, "__module__", None) or "").startswith("torch."):
+            node.meta.pop("is_wrapped", None)
 
 
 def _first_line(error: Exception) -> str:
