@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from cases import MODELS, Case
-from torch.utils.flop_counter import FlopCounterMode
 from ways import WAYS, Conventional
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +135,8 @@ def _status(key: str) -> int:
 
 def counted(case: Case) -> dict[str, int | None]:
     """FLOPs of a step; bytes of live tensors at their peak, and between forward and backward without the image."""
-    from fxstream.memory.live import LiveBytes  # so that `timed` runs without it
+    from fxstream.memory.flops import Flops  # so that `timed` runs without it
+    from fxstream.memory.live import LiveBytes
 
     way = build(case)
     held = None
@@ -151,9 +151,9 @@ def counted(case: Case) -> dict[str, int | None]:
         else:
             run(way, image, case)
     _release(way)
-    with FlopCounterMode(display=False) as flops:
+    with Flops() as flops:
         run(way, image, case)
-    return {"flops": int(flops.get_total_flops()), "live_bytes": live.peak, "held_bytes": held}
+    return {"flops": flops.total, "live_bytes": live.peak, "held_bytes": held}
 
 
 def compared(case: Case) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
+from fxstream.memory.flops import Flops
 from fxstream.model.streamed import Streamed
 from fxstream.testing import compare, head, relative_error
 
@@ -232,10 +232,10 @@ class Allocations(TorchDispatchMode):
 
 
 def flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a call."""
+    with Flops() as counter:
         function()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def live_bytes() -> int:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from reference import Body, assert_exact, pair
 from torch import nn
+from torch.nn.functional import celu
 
 import fxstream
 import fxstream.graph.trace
@@ -281,6 +282,18 @@ def test_noise_does_not_depend_on_the_default_device() -> None:
     torch.manual_seed(1)
     with torch.device("meta"):
         assert torch.equal(converted(image), expected)
+
+
+class Imported(nn.Module):
+    """Calls a function that has been imported by its name, where it does not stream."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return celu(x.flatten(1))
+
+
+def test_a_function_of_torch_that_was_imported_by_its_name_does_not_spoil_later_conversions() -> None:
+    for _ in range(2):
+        converted_exactly(nn.Sequential(conv(), Imported()))
 
 
 # Tensors that forward makes or assigns.

@@ -124,9 +124,9 @@ class Aliasing:
         for source in sources:
             bases = self._union([source], ())
             self._written_by_head.update(bases)
-            sharing = {source, *self._sharing(source)}
-            members = {member for member in sharing if streamed(member)}
-            several = len(members) > 1 and any(self._read_after(node, member) for member in sharing)
+            others = self._sharing(source)
+            members = {member for member in (source, *others) if streamed(member)}
+            several = len(members) > 1 and any(self._read_from(node, other) for other in others)
             if members and (several or self._image in bases):
                 return max(members, key=self._order.__getitem__)
         return None
@@ -168,6 +168,10 @@ class Aliasing:
         """The nodes that read `node`, or an earlier version of the value that it overwrote."""
         for value in (node, *(old for old, new in self._latest.items() if new is node)):
             yield from value.users
+
+    def _read_from(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether `value` is read by `node` or after it."""
+        return node in self._readers(value) or self._read_after(node, value)
 
     def _read_after(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether `value` is read after `node` has run."""

@@ -344,6 +344,7 @@ def _trace(
         if len(opaque) > known:
             continue
         _remove_unused(graph, tracer)
+        _forget_wrapped(graph)
         given = Given(arguments, tracer.facts.question, surroundings(model))
         assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
@@ -389,6 +390,16 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
         found |= new
         waiting += new
     return found
+
+
+def _forget_wrapped(graph: fx.Graph) -> None:
+    """Do not let the code that fx generates call `torch.fx.wrap` for functions of torch.
+
+    Their names have dots, and every later trace in the process would fail.
+    """
+    for node in graph.nodes:
+        if (getattr(node.target, "__module__", None) or "").startswith("torch."):
+            node.meta.pop("is_wrapped", None)
 
 
 def _first_line(error: Exception) -> str:
