@@ -144,6 +144,10 @@ class Given:
             self._serves(form, arguments[slot]) for slot, form in self.forms.items()
         )
 
+    def form_of(self, name: str) -> Any:
+        """What the forward was traced with for an argument, by the name of its placeholder."""
+        return next(form for slot, form in self.forms.items() if slot.name == name)
+
     def ordered(self, arguments: Mapping[Slot, Any]) -> list[Any]:
         """The arguments of a call in the order of the placeholders."""
         return [arguments[slot] for slot in self.forms]

@@ -22,7 +22,7 @@ _SIZES = (64, 224, 96, 512)
 
 
 def traced_with_example(
-    model: nn.Module, image: str | None, example_input: torch.Tensor | None, freeze_batchnorm: bool
+    model: nn.Module, image: str | None, example_input: torch.Tensor | tuple[Any, ...] | None, freeze_batchnorm: bool
 ) -> Trace:
     """Trace a model with the example, or with one that suits its first layers.
 
@@ -96,12 +96,17 @@ def _on_meta(form: Any) -> Any:
     return torch.empty(form.shape, dtype=form.dtype, device="meta") if isinstance(form, Form) else form
 
 
-def _examples(model: nn.Module, image: str | None, example_input: torch.Tensor | None) -> Iterator[dict[Slot, Any]]:
+def _examples(
+    model: nn.Module, image: str | None, example_input: torch.Tensor | tuple[Any, ...] | None
+) -> Iterator[dict[Slot, Any]]:
     """What is known of the arguments, by the order in which it should be tried."""
     arguments = Parameters.of(type(model)).unbound()
     # A default that is no constant is an object, of which nothing is known.
     arguments = {slot: form_of(value) for slot, value in arguments.items()}
     slot = image_slot(arguments, image)
+    if isinstance(example_input, tuple):
+        yield {slot: form_of(value) for slot, value in Parameters.of(type(model)).bound(example_input, {}).items()}
+        return
     if example_input is not None:
         yield {**arguments, slot: form_of(example_input)}
         return

@@ -113,8 +113,7 @@ def image_names(trace: Trace, image: str | None) -> tuple[str, ...]:
     for node in trace.graph.nodes:
         if (axes := spatial_axes(node, trace.module_of(node))) is not None:
             return axis_names(axes)
-    name = image_node(trace.graph, image).target
-    form = next(form for slot, form in trace.assumptions.given.forms.items() if slot.name == name)
+    form = trace.assumptions.given.form_of(str(image_node(trace.graph, image).target))
     if not isinstance(form, Form):
         raise TileShapeError(
             "the model does not tell how many spatial axes its image has. Way out: give an example_input"

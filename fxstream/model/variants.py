@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..errors import NothingToStreamError, TraceError
 from ..graph.arguments import Given, Slot, form_of, surroundings
 from ..graph.example import rejection
-from ..graph.partition import partition
+from ..graph.partition import Partition, partition
 from ..graph.prefix import Prefix, find_prefix, image_node
 from ..graph.trace import Trace, trace
 from ..scan.settings import Settings
@@ -25,16 +25,8 @@ MOST = 16
 """So many variants are kept."""
 
 
-class Rewritten(NamedTuple):
-    """A traced model, rewritten."""
-
-    prefix: Prefix
-    outer: fx.Graph
-    streamed: Streamed
-
-
-def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> Rewritten:
-    """Rewrite a traced model so that the front of it is one call of the submodule `name`.
+def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> tuple[Prefix, Partition]:
+    """Find the prefix of a traced model, and partition the graph so that this is one call of the submodule `name`.
 
     Raises NothingToStreamError if no operation at its front is local.
     """
@@ -45,8 +37,7 @@ def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> 
         raise NothingToStreamError(
             f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
         )
-    outer, streamed = partition(prefix, name)
-    return Rewritten(prefix, outer, Streamed(streamed, settings, prefix.trace.assumptions))
+    return prefix, partition(prefix, name)
 
 
 class Variant(NamedTuple):
@@ -84,12 +75,13 @@ def _new(owner: Any, arguments: Mapping[Slot, Any]) -> Variant:
     except TraceError as error:
         # What the model itself refuses, it refuses in its own words.
         raise rejection(plain, forms, error) or error from None
-    _, outer, streamed = found = rewrite(traced, owner.image_name, settings, owner.streamed_name)
+    prefix, parts = rewrite(traced, owner.image_name, settings, owner.streamed_name)
+    streamed = Streamed(parts.streamed, settings, prefix.trace.assumptions)
     streamed.bind(owner)
     code = fx.GraphModule({}, fx.Graph())
-    code.graph = outer
-    seen = _Seen(owner, {owner.streamed_name: streamed, **found.prefix.trace.constants})
-    return Variant(found.prefix.trace.assumptions.given, type(code).forward, seen)
+    code.graph = parts.outer
+    seen = _Seen(owner, {owner.streamed_name: streamed, **prefix.trace.constants})
+    return Variant(prefix.trace.assumptions.given, type(code).forward, seen)
 
 
 class _Seen:
