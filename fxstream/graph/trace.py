@@ -92,12 +92,14 @@ class _Tracer(fx.Tracer):
         snapshot: Snapshot,
         opaque: dict[str, NotLocal],
         freeze_batchnorm: bool,
+        alone: bool,
     ):
         super().__init__(autowrap_functions=functions())
         self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
         self.freeze_batchnorm = freeze_batchnorm
+        self.alone = alone
         self.modes: dict[str, bool] = {}
         self.frozen: set[str] = set()
         self.attributes: dict[str, dict[str, Held]] = {}
@@ -189,7 +191,7 @@ class _Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
             try:
                 _check_unchanged(self.snapshot, m, *m.children())
-                _check_nothing_drawn(drawn)
+                _check_nothing_drawn(drawn, self.alone)
             except UnrecordedError:
                 # A module in it that has failed may have left this behind. The next trace will tell.
                 if len(self.opaque) == known:
@@ -312,19 +314,40 @@ def trace(
     """
     arguments = Parameters.of(type(model)).sorted(arguments)
     with _LOCK, torch.inference_mode(False):
-        return _trace(model, arguments, dict(opaque), freeze_batchnorm)
+        before = RandomState()
+        for _ in range(_ATTEMPTS if threading.active_count() > 1 else 0):
+            try:
+                return _trace(model, arguments, dict(opaque), freeze_batchnorm, alone=False)
+            except _SomethingDrawn:
+                continue
+        try:
+            return _trace(model, arguments, dict(opaque), freeze_batchnorm, alone=True)
+        finally:
+            before.restore()
+
+
+_ATTEMPTS = 5
+
+
+class _SomethingDrawn(BaseException):
+    """Random numbers were drawn, perhaps by another thread. No forward must catch this."""
 
 
 def _trace(
-    model: nn.Module, arguments: Mapping[Slot, Any], opaque: dict[str, NotLocal], freeze_batchnorm: bool
+    model: nn.Module,
+    arguments: Mapping[Slot, Any],
+    opaque: dict[str, NotLocal],
+    freeze_batchnorm: bool,
+    alone: bool,
 ) -> Trace:
     """See `trace`. Adds to `opaque` the modules that cannot be traced through.
 
     One trace finds them, and another one leaves them out from the start, so that nothing remains of their forwards.
+    Unless no other thread runs (`alone`), _SomethingDrawn is raised if anything draws random numbers meanwhile.
     """
     while True:
         snapshot, drawn, known = Snapshot(model), RandomState(), len(opaque)
-        tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm)
+        tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm, alone)
         try:
             if "forward" in vars(model):
                 raise UnrecordedError("its forward has been replaced on the instance, which fx does not see")
@@ -333,14 +356,13 @@ def _trace(
                 name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
             }
             _check_unchanged(snapshot, *model.modules())
-            _check_nothing_drawn(drawn)
+            _check_nothing_drawn(drawn, alone)
         except Exception as error:
             if len(opaque) == known:
                 raise TraceError(_explain(model, error)) from error
         finally:
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             snapshot.restore()
-            drawn.restore()
         if len(opaque) > known:
             continue
         _remove_unused(graph, tracer)
@@ -367,8 +389,10 @@ def _check_unchanged(snapshot: Snapshot, *modules: nn.Module) -> None:
         raise UnrecordedError(f"its forward assigns attributes ({', '.join(changed)}), which fx does not record")
 
 
-def _check_nothing_drawn(before: RandomState) -> None:
+def _check_nothing_drawn(before: RandomState, alone: bool) -> None:
     if before.has_changed():
+        if not alone:
+            raise _SomethingDrawn
         raise UnrecordedError("it draws random numbers while it is traced, which fx does not record")
 
 
