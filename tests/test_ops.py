@@ -711,6 +711,49 @@ MADE_CASES = [
     ),
 ]
 
+# Windows that divide a streamed axis, and streamed axes that are merged with others.
+
+
+def _space_to_depth(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 3, 3).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 6, h // 2, w // 3)
+
+
+def _depth_to_space(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, 2 * w)
+
+
+def _softmax_of_windows(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 3, 3).softmax(3).view(b, c, h, w) * x
+
+
+def _windows_as_batch(x: torch.Tensor) -> torch.Tensor:
+    """As in a Swin transformer."""
+    x = x.permute(0, 2, 3, 1)
+    b, h, w, c = x.shape
+    y = x.view(b, h // 2, 2, w // 3, 3, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 2, 3, c)
+    y = y * y.softmax(1)
+    y = y.view(b, h // 2, w // 3, 2, 3, -1).permute(0, 1, 3, 2, 4, 5).contiguous().view(b, h, w, -1)
+    return y + x
+
+
+WINDOW_CASES = [
+    *_named(
+        {
+            "space to depth": _space_to_depth,
+            "depth to space": _depth_to_space,
+            "softmax of windows": _softmax_of_windows,
+        },
+        shape=(3, 4, 12, 6),
+        trials=5,
+    ),
+    Case("windows as batch", _windows_as_batch, (3, 4, 12, 6), "N"),
+    Case("rows as batch", lambda x: x.permute(0, 2, 1, 3).reshape(-1, 4, x.size(3)).softmax(1), axes="N"),
+    Case("positions in one", lambda x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1, 4).softmax(-1), axes="NH"),
+]
+
 # einops.
 
 
@@ -1335,6 +1378,7 @@ CASES = [
     *SHAPE_CASES,
     *SIZE_CASES,
     *MADE_CASES,
+    *WINDOW_CASES,
     *EINOPS_CASES,
     *INDEX_CASES,
     *WRITE_CASES,

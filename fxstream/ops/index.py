@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..geometry.axes import Dim, Extent, Size, Symbol, Value
+from ..geometry.axes import Dim, Extent, Multiple, Size, Symbol, Value
 from ..geometry.window import Sliding, Span, Table, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
@@ -187,9 +187,12 @@ def sliced(dim: Dim, item: slice) -> Dim:
 def is_integer_or_slice(item: Any) -> bool:
     """Whether an item of an index is an integer, a slice with a positive step, None or an ellipsis."""
     if not isinstance(item, slice):
-        return item is None or item is Ellipsis or type(item) in (int, Extent)
+        return item is None or item is Ellipsis or type(item) in (int, Extent, Multiple)
     # The ends of a slice may follow from sizes of the image, which are known only at the call.
-    ends = all(end is None or type(end) in (int, Extent) or isinstance(end, Symbol) for end in (item.start, item.stop))
+    ends = all(
+        end is None or type(end) in (int, Extent, Multiple) or isinstance(end, Symbol)
+        for end in (item.start, item.stop)
+    )
     return ends and (item.step is None or (type(item.step) is int and item.step > 0))
 
 
