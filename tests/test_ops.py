@@ -29,7 +29,7 @@ from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import fx, nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
+from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth, deform_conv2d, stochastic_depth
 
 import fxstream
 from fxstream.geometry.axes import Value
@@ -213,7 +213,34 @@ TRANSPOSED: list[tuple[int, Options]] = [
     (3, {"kernel_size": (1, 3, 2), "stride": (2, 1, 3), "padding": (0, 2, 1), "output_padding": (1, 0, 1)}),
 ]
 WEIGHT = torch.zeros(3, 4, 2, 2)
+
+
+class Deformed(nn.Module):
+    """A deformable convolution whose offsets and mask follow from the image, or are parameters."""
+
+    def __init__(self, of_image: bool, masked: bool):
+        super().__init__()
+        self.conv = DeformConv2d(4, 3, (2, 1), stride=(1, 2), padding=(1, 0), bias=masked)
+        self.shifts = None if of_image else nn.Parameter(torch.ones(3, 4, 8, 3))
+        self.masked = masked
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        shifts = F.pad(image[..., ::2], (0, 0, 0, 1)).tanh() * 1.3 if self.shifts is None else self.shifts
+        return self.conv(image, shifts, shifts[:, :2].sigmoid() if self.masked else None)
+
+
 CONV_CASES = [
+    *(
+        Case(f"deformable {of_image} {masked}", Deformed(of_image, masked), PLANE, "N", fixed=True)
+        for of_image, masked in product((False, True), (False, True))
+    ),
+    Case(
+        "deform_conv2d",
+        deform_conv2d,
+        axes="N",
+        args=(nn.Parameter(torch.linspace(-2, 2, 252).view(3, 2, 7, 6)), nn.Parameter(torch.ones(2, 4, 1, 1))),
+        fixed=True,
+    ),
     *(_call(_CONVS[axes](4, 4, **options), shape=SHAPES[axes]) for axes, options in CONVOLUTIONS),
     *(
         _call(_CONVS[axes](4, 3, padding_mode="circular", **options), shape=SHAPES[axes], axes=where)

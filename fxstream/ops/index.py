@@ -12,7 +12,7 @@ from ..geometry.axes import Dim, Extent, Multiple, Size, Symbol, Value
 from ..geometry.window import Sliding, Span, Table, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
-from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
+from .registry import Answer, Local, NotLocal, Sliced, Unknown, register, unstreamed
 
 
 @register(torch.cat, torch.concat, torch.concatenate)
@@ -259,12 +259,12 @@ def index_select(input: Value, dim: int, index: Any) -> Answer:
 def flip(input: Value, *order: Any, dims: Any = None) -> Answer:
     given = unpacked(order) if dims is None else as_tuple(dims)
     if tags := input.tags(given):
-        return NotLocal(f"mirrors the streamed {' and '.join(tags)}")
+        return NotLocal(f"mirrors the streamed {' and '.join(tags)}", unstreamed(tags))
     return Local((input,), input.dims, lambda block: block.flip(given))
 
 
 @register(torch.roll, "roll")
 def roll(input: Value, shifts: Any, dims: Any = None) -> Answer:
     if tags := input.tags(range(input.rank) if dims is None else as_tuple(dims)):
-        return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}")
+        return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}", unstreamed(tags))
     return Local((input,), input.dims, lambda block: block.roll(shifts, dims))
