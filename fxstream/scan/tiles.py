@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..errors import StreamingError
-from ..geometry.axes import IMAGE, Extent, Value
+from ..geometry.axes import IMAGE, Extent, Multiple, Value
 from ..geometry.grid import Index, Tile
 from ..geometry.schedule import readers
 from ..graph.nodes import label, leaves
@@ -349,5 +349,5 @@ def _key(leaf: Value | Total) -> int | Total:
 
 def _as_size(returned: Any) -> Any:
     """A shape that is handed to the head, as the torch.Size that it would be there."""
-    sizes = isinstance(returned, tuple) and all(type(size) in (int, Extent) for size in returned)
+    sizes = isinstance(returned, tuple) and all(type(size) in (int, Extent, Multiple) for size in returned)
     return torch.Size(map(int, returned)) if sizes else returned
