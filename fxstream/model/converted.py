@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx, nn
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.mirror import mirror_registries
 from ..scan.settings import parse_bytes
+from .extended import extended, is_found_by_name
 from .older import provide
 from .streamed import Streamed
 
@@ -20,8 +22,19 @@ class Converted(fx.GraphModule):
     """What `fxstream.convert` returns.
 
     It has the original's module tree, the outer graph as its `graph`, and the submodule `streamed`, whose `graph` holds
-    the streamed operations.
+    the streamed operations. Its class also extends the original's class, so that it has the methods, properties and
+    class attributes of that, see `extended`.
     """
+
+    _extends: type[nn.Module] | None = None
+    """The original's class, if it is extended."""
+
+    def __new__(cls, model: nn.Module | None = None, *_: Any) -> Converted:
+        made: Converted = super().__new__(cls if model is None else extended(cls, type(model)))
+        return made
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: the original's class is not told that it has been extended."""
 
     def __init__(
         self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
@@ -31,7 +44,10 @@ class Converted(fx.GraphModule):
         # `meta` is an attribute of a GraphModule that nobody needs, and the name of many a model's submodule.
         vars(self).pop("meta", None)
         # Whatever else the user has put on the model; its forward may read it.
-        vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
+        taken = {*vars(self), *dir(Converted)}
+        vars(self).update(
+            {name: _rebound(value, model, self) for name, value in vars(model).items() if name not in taken}
+        )
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
@@ -75,28 +91,43 @@ class Converted(fx.GraphModule):
         settings.check()
         self._streamed.settings = settings
 
+    def _copied(self) -> dict[str, Any]:
+        """What a copy gets, except the graph. The original's class may leave something out."""
+        own = getattr(super(), "__getstate__", None)  # Python 3.10 has none of its own
+        found = own() if own is not None else None
+        state = found if isinstance(found, dict) else vars(self)
+        return {name: value for name, value in state.items() if name != "_graph"}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         # GraphModule's own method would keep only the modules that the graph calls.
         twin: Converted = type(self).__new__(type(self))
+        type(twin).__name__ = type(self).__name__
         memo[id(self)] = twin
-        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
+        super(Converted, twin).__setstate__(copy.deepcopy(self._copied(), memo))  # type: ignore[no-untyped-call]  # torch has no types for it
         twin._adopt(copy.deepcopy(self._graph, memo))
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Likewise, and GraphModule's own method would trace the generated code again.
-        state = {name: value for name, value in vars(self).items() if name != "_graph"}
-        return _blank, (type(self).__name__,), {**state, "_graph": dump_graph(self._graph)}
+        kind = self._extends if self._extends is not None and is_found_by_name(self._extends) else None
+        return _blank, (type(self).__name__, kind), {**self._copied(), "_graph": dump_graph(self._graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = state.pop("_graph")
-        vars(self).update(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._adopt(load_graph(graph))
 
 
-def _blank(class_name: str) -> Converted:
+def _rebound(value: Any, model: nn.Module, converted: Converted) -> Any:
+    """An attribute of the model for the converted one: a method of the model becomes one of that."""
+    if isinstance(value, MethodType) and value.__self__ is model:
+        return MethodType(value.__func__, converted)
+    return value
+
+
+def _blank(class_name: str, kind: type[nn.Module] | None = None) -> Converted:
     """A model for pickle to fill."""
-    converted: Converted = Converted.__new__(Converted)
+    converted: Converted = Converted.__new__(Converted if kind is None else extended(Converted, kind))
     type(converted).__name__ = class_name
     return converted
 
