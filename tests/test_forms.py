@@ -521,3 +521,16 @@ def test_lightning_trains_a_converted_module(whole: bool) -> None:
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(converted.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
     assert copy.deepcopy(converted)._trainer is None
+
+
+# DataParallel.
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential], ids=["itself", "inside another model"])
+def test_a_copy_for_data_parallel_is_refused(around: Any) -> None:
+    """On a CPU, DataParallel makes no copies, so the step in which it makes them is called here."""
+    converted = around(fxstream.convert(Full(0.2).double().eval(), 8))
+    wrapped = nn.DataParallel(converted, device_ids=[])
+    assert relative_error(wrapped(image()), converted(image())) == 0
+    with pytest.raises(fxstream.WrappedModelError, match=r"Way out: torch\.nn\.parallel\.DistributedDataParallel"):
+        [module._replicate_for_data_parallel() for module in converted.modules()]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
+from ..errors import WrappedModelError
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.mirror import mirror_registries
 from ..scan.settings import parse_bytes
@@ -90,6 +91,13 @@ class Converted(fx.GraphModule):
         settings = replace(self._streamed.settings, memory_budget=parse_bytes(memory_budget))
         settings.check()
         self._streamed.settings = settings
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # The replicas' parameters are results of operations and no Parameters, so the streamed part would miss them.
+        raise WrappedModelError(
+            "torch.nn.DataParallel copies the model at every call, and the streamed part does not work in such copies. "
+            "Way out: torch.nn.parallel.DistributedDataParallel, with one process per GPU"
+        )
 
     def _copied(self) -> dict[str, Any]:
         """What a copy gets, except the graph. The original's class may leave something out."""
