@@ -18,6 +18,7 @@ from .graph.partition import Partition, partition
 from .graph.prefix import Prefix, image_names
 from .graph.trace import Trace, trace
 from .model.converted import Converted
+from .model.extended import own_names
 from .model.streamed import Streamed
 from .model.variants import rewrite
 from .proof.images import MOST, SIZES
@@ -95,8 +96,8 @@ def convert(
             ShardedError, NotLocalError, TransformError (torch.func, forward-mode AD), DoubleBackwardError.
 
     Warns:
-        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the model's class
-            overrides `train` or `eval`; or the conversion could not be proved.
+        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the converted model
+            lacks methods of the model's class; or the conversion could not be proved.
 
     Example:
         >>> import torch, fxstream
@@ -121,9 +122,9 @@ def convert(
     name = _unused_name(model)
     prefix, parts = rewrite(traced, image, settings, name)
     _warn_if_short(prefix)
-    _warn_if_modes_are_overridden(model)
     # 5. Assemble the converted model from the two.
     converted = _assemble(model, prefix, parts, name, settings)
+    _warn_of_lost_names(model, converted)
     # 6. Prove it on a small random image.
     if prove:
         _prove(prefix, parts, name, settings, example_input)
@@ -179,7 +180,7 @@ def _check_names(traced: Trace) -> None:
     """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
     taken = set(dir(Converted)) - set(dir(nn.Module))
     model, read = traced.root, traced.assumptions.attributes.get("", {})
-    own = {*model._modules, *model._parameters, *model._buffers, *read}
+    own = {*model._modules, *model._parameters, *model._buffers, *read, *vars(model)}
     if clash := sorted(own & taken):
         raise StreamingError(
             f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "
@@ -227,15 +228,19 @@ def _warn_if_short(prefix: Prefix) -> None:
         )
 
 
-def _warn_if_modes_are_overridden(model: nn.Module) -> None:
-    for name in ("train", "eval"):
-        if getattr(type(model), name) is not getattr(nn.Module, name):
-            warnings.warn(
-                f"{type(model).__name__} overrides {name}(), and the converted model, which is of another class, does "
-                f"not: its {name}() changes the mode of all modules alike. Way out: set single modules' modes after it",
-                StreamingWarning,
-                stacklevel=3,
-            )
+def _warn_of_lost_names(model: nn.Module, converted: Converted) -> None:
+    """Warn if the converted model lacks something that the model's class defines."""
+    lost = own_names(type(model))
+    if converted._extends is not None:
+        lost &= set(dir(Converted)) - set(dir(nn.Module))
+    if lost:
+        warnings.warn(
+            f"the converted model does not have what {type(model).__name__} defines as {', '.join(sorted(lost))}. Way "
+            "out: call it on the model itself, or put the part that is to be streamed into a submodule, and convert "
+            "that",
+            StreamingWarning,
+            stacklevel=3,
+        )
 
 
 def _unused_name(model: nn.Module) -> str:

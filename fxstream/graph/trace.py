@@ -276,7 +276,7 @@ class _Tracer(fx.Tracer):
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
             if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
-                # The converted model is of another class than the root, so it does not have its class attributes.
+                # A converted model does not always have the class attributes of the root, see `extended`.
                 own = bool(path) or name in original.__getattribute__(module, "__dict__")
                 if own and (parts := held(value)) != {}:
                     self.attributes.setdefault(path, {})[name] = parts
