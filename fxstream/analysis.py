@@ -10,10 +10,10 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from .estimate import Estimate, estimate
+from .graph.example import traced_with_example
 from .graph.findings import Finding
 from .graph.prefix import Prefix, find_prefix, image_names, image_node
 from .graph.receptive_field import ReceptiveField
-from .graph.trace import trace
 
 
 def analyze(
@@ -49,8 +49,8 @@ def analyze(
         >>> analysis.receptive_field("_1")["H"]
         ReceptiveField(size=11, stride=4, padding=3)
     """
-    traced = trace(model, {}, freeze_batchnorm)
-    names = image_names(traced, example_input)
+    traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
 
 

@@ -56,6 +56,7 @@ def estimate(
             freeze_batchnorm=freeze_batchnorm,
             image=image_name,
             example_input=image,
+            prove=False,
         )
         return _of_step(converted, image)
 

@@ -118,6 +118,31 @@ def _where_a_comparison_of_it_says(m: Any, x: torch.Tensor) -> Any:
     return m.second(y.masked_fill_(y > 0, 0.1))
 
 
+def _by_index(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    y[:, 0] = 2.0
+    y[y < 0.1] = 0
+    y[:, :, 1:] = m.second(x.repeat(1, 2, 1, 1))[:, :, :-1]
+    return m.second(y) + y
+
+
+def _parts_of_itself(m: Any, x: torch.Tensor) -> Any:
+    """Python reads a part, overwrites it, and writes it into the whole."""
+    y = m.first(x)
+    y[:, 0] += m.scale[:, 1]
+    y[:, 1] -= y[:, 2]
+    y[:, 2] = y[:, 3]
+    y[:, :, 1:] *= 2
+    y *= 3
+    return m.second(y)
+
+
+def _whole(m: Any, x: torch.Tensor) -> Any:
+    y, z = m.first(x), torch.zeros_like(x[:, :1])
+    z.fill_(2).copy_(y[:, :1])
+    return m.second(y.zero_() + z)
+
+
 STREAMED = [
     _augmented_assignment,
     _added_to_its_relu,
@@ -126,6 +151,9 @@ STREAMED = [
     _functions,
     _through_an_identity,
     _where_a_comparison_of_it_says,
+    _by_index,
+    _parts_of_itself,
+    _whole,
 ]
 
 
@@ -225,9 +253,42 @@ def _view_of_overwritten(m: Any, x: torch.Tensor) -> Any:
     return view
 
 
-def _assigned(m: Any, x: torch.Tensor) -> Any:
-    y = m.first(x) * 1
+def _assigned_under_a_view(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    view = y[:, :2]
     y[:, 0] = 2.0
+    return m.second(y) + view.mean(1, True)
+
+
+def _part_written_elsewhere(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    part = y[:, 0]
+    part += 1
+    y[:, 1] = part
+    return m.second(y)
+
+
+def _part_written_late(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    part = y[:, 0]
+    part += 1
+    z = y * 3
+    y[:, 0] = part
+    return m.second(y) + z
+
+
+def _part_overwritten_again(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    part = y[:, 0]
+    part += 1
+    y[:, 0] = part
+    part += 1
+    return m.second(y)
+
+
+def _perhaps_another_part(m: Any, x: torch.Tensor) -> Any:
+    y = m.first(x)
+    y[:, -1] = y[:, 3]
     return m.second(y)
 
 
@@ -329,7 +390,11 @@ LEFT_TO_THE_HEAD: list[tuple[Function, Any, str]] = [
     (_half_of_its_channels, "first", "getitem shares memory that mul_, which is not streamed, overwrites"),
     (_view_of_a_whole, "first", "getitem shares memory that mul_, which is not streamed, overwrites"),
     (_view_of_overwritten, "first", "getitem shares memory that mul_, which is not streamed, overwrites"),
-    (_assigned, "mul", "setitem has no streaming rule"),
+    (_assigned_under_a_view, "first", "getitem shares memory that setitem, which is not streamed, overwrites"),
+    (_part_written_elsewhere, "first", "getitem shares memory that iadd, which is not streamed, overwrites"),
+    (_part_written_late, "first", "getitem shares memory that iadd, which is not streamed, overwrites"),
+    (_part_overwritten_again, "first", "getitem shares memory that iadd, which is not streamed, overwrites"),
+    (_perhaps_another_part, "first", "getitem shares memory that setitem, which is not streamed, overwrites"),
     (
         _divided_by_what_the_head_computes,
         ["mul", "pool"],

@@ -461,7 +461,7 @@ def test_what_a_module_does_before_it_fails_is_not_charged_to_others() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.inner(x)
-            if isinstance(y, torch.Tensor) and not self.seen:
+            if not self.seen:
                 return y
             raise ValueError
 

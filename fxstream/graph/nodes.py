@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from ..ops import Rule, inplace, rule_for, rule_for_module
+from .rebuild import only_makes
 
 _KNOWN = ("torch", "torchvision", "_operator", "builtins", "math")
 _ASSIGNING = {*inplace.FUNCTIONS.values(), *(getattr(operator, name) for name in inplace.NAMES), operator.setitem}
@@ -66,6 +67,8 @@ def spatial_axes(node: fx.Node, module: nn.Module | None) -> int | None:
 
 def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation may write into its arguments: torch's names tell, and a user's code always may."""
+    if only_makes(node.target):
+        return False
     if is_own_code(node, module):
         return True
     if module is not None:

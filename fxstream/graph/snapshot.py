@@ -99,14 +99,17 @@ class RandomState:
 
     def has_changed(self) -> bool:
         """Whether anything has been drawn since."""
-        now = RandomState()
-        tensors = zip([now._torch, *now._cuda], [self._torch, *self._cuda], strict=False)
-        if not all(torch.equal(one, other) for one, other in tensors) or now._python != self._python:
+        return self.differs_from(RandomState())
+
+    def differs_from(self, other: RandomState) -> bool:
+        """Whether the next random numbers are others."""
+        tensors = zip([self._torch, *self._cuda], [other._torch, *other._cuda], strict=False)
+        if not all(torch.equal(one, another) for one, another in tensors) or self._python != other._python:
             return True
-        if self._numpy is None:
+        if self._numpy is None or other._numpy is None:
             return False
-        (_, keys, position, *_), (_, old_keys, old_position, *_) = now._numpy, self._numpy
-        return bool(position != old_position or (keys != old_keys).any())
+        (_, keys, position, *_), (_, other_keys, other_position, *_) = self._numpy, other._numpy
+        return bool(position != other_position or (keys != other_keys).any())
 
     def restore(self) -> None:
         """Put the generators back."""
