@@ -301,7 +301,8 @@ class Scan:
         if len(tags) == len(self.axes):
             # No two tiles share any of these: each tile draws its own, and none are kept.
             number = self._draw_number(value, place, 1 + self.grid.number(tile))
-            return draw(self.call.seed, number, noise.draw, torch.empty(whole, device="meta")[rows].shape, like)
+            shape = [len(range(size)[kept]) for size, kept in zip(whole, rows, strict=True)]
+            return draw(self.call.seed, number, noise.draw, shape, like)
         key = (value, place)
         if key not in self.noise:
             self.noise[key] = draw(self.call.seed, self._draw_number(value, place, 0), noise.draw, whole, like)
