@@ -470,7 +470,7 @@ def test_what_a_module_does_before_it_fails_is_not_charged_to_others() -> None:
     model = nn.Sequential(Asking(), nn.ReLU())
     state = torch.get_rng_state()
     with pytest.warns(fxstream.StreamingWarning, match=r"0\.inner\.inner is one opaque call"):
-        converted = fxstream.convert(model, 4)
+        converted = fxstream.convert(model, 4, prove=False)  # it accepts one call only
     assert head(converted) == ["_0_inner_inner", "_0_inner_last", "_1"]
     assert not seen
     assert model[0].inner.calls == 0
