@@ -13,10 +13,13 @@ from torch import fx, nn
 from .errors import ShardedError, StreamingError, StreamingWarning, WrappedModelError
 from .graph.arguments import Question
 from .graph.example import traced_with_example
+from .graph.findings import Finding
 from .graph.nodes import spatial_axes
 from .graph.partition import Partition, partition
 from .graph.prefix import Prefix, image_names
+from .graph.reasons import reasons
 from .graph.trace import Trace, trace
+from .memory.work import MOST_BEHIND, work_of
 from .model.converted import Converted
 from .model.extended import own_names
 from .model.streamed import Streamed
@@ -96,7 +99,7 @@ def convert(
             ShardedError, NotLocalError, TransformError (torch.func, forward-mode AD), DoubleBackwardError.
 
     Warns:
-        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the converted model
+        StreamingWarning: more than a twentieth of the FLOPs stays behind the streamed part; or the converted model
             lacks methods of the model's class; or the conversion could not be proved.
 
     Example:
@@ -215,17 +218,23 @@ _WRAPPERS = {
 
 
 def _warn_if_short(prefix: Prefix) -> None:
-    """Warn if the head has windowed operations, which users expect to be streamed."""
-    nodes = (finding.node for finding in prefix.head)
-    left = sum(spatial_axes(node, prefix.trace.module_of(node)) is not None for node in nodes)
-    if left:
-        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops)
-        last = prefix.nodes[-1].name
-        warnings.warn(
-            f"streaming ends at {last}; {left} convolutions, poolings or batch norms stay behind it, since\n{reasons}",
-            StreamingWarning,
-            stacklevel=3,
-        )
+    """Warn if much of the work stays behind the streamed part."""
+    work = work_of(prefix)
+    if work is not None and (not work.unknown or work.share > MOST_BEHIND):
+        much = f"the streamed part has {work}" if work.share > MOST_BEHIND else ""
+    else:
+        left = sum(_is_work(finding, prefix) for finding in prefix.head)
+        what = "convolutions, poolings, batch norms and modules that cannot be traced"
+        much = f"{left} {what} stay behind it, whose FLOPs cannot be counted" if left else ""
+    if much:
+        text = f"streaming ends at {prefix.nodes[-1].name}; {much}. The reasons:\n{reasons(prefix, short=True)}"
+        warnings.warn(text, StreamingWarning, stacklevel=3)
+
+
+def _is_work(finding: Finding, prefix: Prefix) -> bool:
+    """Whether an operation is one that users expect to be streamed, or may be anything."""
+    windowed = spatial_axes(finding.node, prefix.trace.module_of(finding.node)) is not None
+    return windowed or str(finding.node.target) in prefix.trace.opaque
 
 
 def _warn_of_lost_names(model: nn.Module, converted: Converted) -> None:

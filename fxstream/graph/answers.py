@@ -88,7 +88,7 @@ def answer(
             return derived(_called(node), args, kwargs)
         return _of_sizes(node, args, kwargs, found)
     if rule is None:
-        return NotLocal(f"has no streaming rule ({operation(node, module)})")
+        return NotLocal(f"has no streaming rule ({operation(node, module)})", "register one, see fxstream.register")
     if module is not None:
         frozen = {"training": False} if freeze_batchnorm and isinstance(module, _BatchNorm) else {}
         args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
@@ -124,7 +124,7 @@ def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], foun
     )
     if node.op != "call_function" or not known or any(isinstance(leaf, torch.Tensor) for leaf in found):
         return NotLocal(
-            f"uses a size of the image in {operation(node, None)}", "use the size of a value that is not streamed"
+            f"uses a size of the image in {operation(node, None)}", "register a rule for it with takes_sizes=True"
         )
     if (found_multiple := _multiple(node.target, args)) is not None:
         return Fact(found_multiple)

@@ -17,6 +17,7 @@ from ..graph.arguments import Given, Slot, form_of
 from ..graph.example import rejection
 from ..graph.partition import Partition, partition
 from ..graph.prefix import Prefix, find_prefix, image_node
+from ..graph.reasons import reasons
 from ..graph.trace import Trace, trace
 from ..scan.settings import Settings
 from .streamed import Streamed
@@ -33,9 +34,9 @@ def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> 
     node = image_node(traced.graph, image)
     prefix = find_prefix(traced, node, settings.names, settings.axes, settings.freeze_batchnorm)
     if not prefix.nodes:
-        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
+        why = reasons(prefix) or "  the head uses the image itself"
         raise NothingToStreamError(
-            f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
+            f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{why}"
         )
     return prefix, partition(prefix, name)
 
