@@ -16,7 +16,7 @@ from .graph.prefix import Prefix, find_prefix, image_names, image_node
 from .graph.reasons import reasons
 from .graph.receptive_field import ReceptiveField
 from .memory.work import MOST_BEHIND, work_of
-from .model.converted import Converted
+from .model.converted import Converted, plain_model
 
 
 def analyze(
@@ -53,7 +53,7 @@ def analyze(
         ReceptiveField(size=11, stride=4, padding=3)
     """
     if isinstance(model, Converted):
-        model = model.plain()
+        model = plain_model(model)
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))

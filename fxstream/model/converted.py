@@ -83,19 +83,6 @@ class Converted(fx.GraphModule):
         call = next(node for node in self.graph.nodes if node.target == self._streamed_name)
         return str(call.args[0].target)
 
-    def _plain(self) -> nn.Module:
-        """A plain model with the modules and tensors of this one. Raises StreamingError if its class is not known."""
-        if self._original_class is None:
-            raise StreamingError(
-                "this call needs another graph than that of the conversion, which cannot be made, since the class of "
-                "the model was not found when it was unpickled. Way out: define it in a module that can be imported"
-            )
-        twin: nn.Module = object.__new__(self._original_class)
-        vars(twin).update({name: value for name, value in vars(self).items() if name not in self._traced_constants})
-        mirror_registries(twin, self, {id(self): twin})
-        del twin._modules[self._streamed_name]
-        return twin
-
     @property
     def _streamed(self) -> Streamed:
         found = self._modules[self._streamed_name]
@@ -196,9 +183,24 @@ def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any
     variant = model._call_variants.serving(
         arguments,
         lambda: surroundings(model),
-        lambda: new_variant(model, model._plain(), arguments, image, model._streamed_name, streamed.settings),
+        lambda: new_variant(model, plain_model(model), arguments, image, model._streamed_name, streamed.settings),
     )
     return variant.forward, variant.seen, variant.given.ordered(arguments)
+
+
+def plain_model(converted: Converted) -> nn.Module:
+    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is not known."""
+    if converted._original_class is None:
+        raise StreamingError(
+            "this needs another graph than that of the conversion, which cannot be made, since the class of the model "
+            "was not found when it was unpickled. Way out: define it in a module that can be imported"
+        )
+    twin: nn.Module = object.__new__(converted._original_class)
+    constants = converted._traced_constants
+    vars(twin).update({name: value for name, value in vars(converted).items() if name not in constants})
+    mirror_registries(twin, converted, {id(converted): twin})
+    del twin._modules[converted._streamed_name]
+    return twin
 
 
 def _parameters_of(graph: fx.Graph) -> Parameters:
