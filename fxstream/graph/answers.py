@@ -14,7 +14,6 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from .. import ops
 from ..errors import ImageTooSmallError
 from ..geometry.axes import Symbol, Value, multiplied
 from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace
@@ -106,7 +105,7 @@ def _is_repeatable(rule: Rule) -> bool:
     """Whether an operation does the same every time: one of ours that draws no random numbers."""
     function = getattr(rule.function, "func", rule.function)  # of a partial
     ours, _, family = function.__module__.rpartition(".")
-    return ours == ops.__name__ and family != "dropout"
+    return ours == Rule.__module__.rpartition(".")[0] and family != "dropout"
 
 
 def _called(node: fx.Node) -> Callable[..., Any]:
