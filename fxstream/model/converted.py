@@ -189,7 +189,7 @@ def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any
 
 
 def plain_model(converted: Converted) -> nn.Module:
-    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is not known."""
+    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is unknown."""
     if converted._original_class is None:
         raise StreamingError(
             "this needs another graph than that of the conversion, which cannot be made, since the class of the model "
