@@ -13,14 +13,17 @@ Four things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import copy
+import math
+import sys
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,7 +97,8 @@ class _Tracer(fx.Tracer):
         freeze_batchnorm: bool,
         alone: bool,
     ):
-        super().__init__(autowrap_functions=functions())
+        modules: tuple[Any, ...] = (math, *_modules_of(functions()))
+        super().__init__(modules, functions())
         self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
@@ -345,6 +349,7 @@ def _trace(
     One trace finds them, and another one leaves them out from the start, so that nothing remains of their forwards.
     Unless no other thread runs (`alone`), _SomethingDrawn is raised if anything draws random numbers meanwhile.
     """
+    before = RandomState()
     while True:
         snapshot, drawn, known = Snapshot(model), RandomState(), len(opaque)
         tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm, alone)
@@ -365,11 +370,19 @@ def _trace(
             snapshot.restore()
         if len(opaque) > known:
             continue
+        if not alone:
+            _check_nothing_drawn(before, alone)
         _remove_unused(graph, tracer)
         _forget_wrapped(graph)
         given = Given(arguments, tracer.facts.question, surroundings(model))
         assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
+
+
+def _modules_of(functions: Iterable[Callable[..., Any]]) -> set[ModuleType]:
+    """The packages from which a forward may take these functions; not torch, whose functions ask proxies themselves."""
+    names = {name for function in functions for name in (function.__module__, function.__module__.partition(".")[0])}
+    return {sys.modules[name] for name in names if name.partition(".")[0] != "torch" and name in sys.modules}
 
 
 def _opaque(error: Exception) -> NotLocal:
