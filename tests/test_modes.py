@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import Replayed, assert_close, assert_exact, gradients, handed_over, image, pair, randomise
+from reference import (
+    Replayed,
+    assert_close,
+    assert_exact,
+    freeze_batchnorms,
+    gradients,
+    handed_over,
+    image,
+    pair,
+    randomise,
+)
 from torch import nn
 
 import fxstream
@@ -87,18 +97,52 @@ def _quiet() -> Any:
         yield
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*NORMS, "function"])
 @pytest.mark.parametrize("start", [True, False], ids=["converted in train mode", "converted in eval mode"])
-def test_frozen_batch_norms_stay_so_and_those_of_the_head_follow_their_mode(norm: str, start: bool) -> None:
-    plain, converted = pair(net(NORMS[norm]).train(start), 8, freeze_batchnorm=True)
+def test_frozen_batch_norms_stay_so_in_every_mode(norm: str, start: bool) -> None:
+    """Those in the head as well as the streamed ones."""
+    plain, converted = pair(net({**NORMS, "function": WithFlag}[norm]).train(start), 8, freeze_batchnorm=True)
     assert handed_over(converted) == ["last"]
-    for mode in (True, False, True, start):
-        plain.train(mode)
+    changes: list[Callable[[Any], Any]] = [
+        lambda model: model,
+        lambda model: model.train(),
+        lambda model: model.eval(),
+        lambda model: model.head.train(),
+        lambda model: model.norm.train(),
+    ]
+    for change in changes:
+        change(plain)
         plain.norm.eval()
-        converted.train(mode)
+        plain.head[1].eval()
+        change(converted)
         compare(plain, converted, torch.randn(IMAGE))
+        assert converted.training == plain.training
+        assert norm == "function" or not converted.get_submodule("head.1").training
     # How often they were updated is among the buffers.
     assert_close(dict(converted.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_a_frozen_batch_norm_without_running_statistics_normalises_by_the_batch() -> None:
+    plain, converted = pair(net(lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)), 8)
+    frozen = fxstream.convert(copy.deepcopy(plain), 8, freeze_batchnorm=True)
+    assert handed_over(converted) == handed_over(frozen) == ["conv"]
+    for model in (converted, frozen):
+        compare(plain.train(), model.train(), torch.randn(IMAGE))
+
+
+def test_deeplab_trains_with_one_image_if_batch_norms_are_frozen() -> None:
+    """Its head normalises a pooled value, of which there is one per image."""
+    model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3, aux_loss=True
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    plain, converted = pair(randomise(model).double().train(), 48, freeze_batchnorm=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        copy.deepcopy(plain)(torch.randn(1, 3, 65, 49).double())
+    freeze_batchnorms(plain)
+    compare(plain, converted, torch.randn(1, 3, 65, 49))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import WrappedModelError
 from ..graph.serialize import dump_graph, load_graph
@@ -55,6 +56,7 @@ class Converted(fx.GraphModule):
         self._streamed_name = name
         self.add_module(name, streamed)
         self._adopt(graph)
+        self._freeze_batchnorms()
 
     def _adopt(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -91,6 +93,24 @@ class Converted(fx.GraphModule):
         settings = replace(self._streamed.settings, memory_budget=parse_bytes(memory_budget))
         settings.check()
         self._streamed.settings = settings
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's class has it; but batch norms that were frozen at the conversion stay in eval mode."""
+        result = super().train(*args, **kwargs)
+        self._freeze_batchnorms()
+        return result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._freeze_batchnorms()  # the user may have called train() on one of them
+        return super().__call__(*args, **kwargs)
+
+    def _freeze_batchnorms(self) -> None:
+        streamed = self._modules[self._streamed_name]
+        # An estimate has put something else in its place.
+        if isinstance(streamed, Streamed) and streamed.settings.freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm) and module.training:
+                    module.training = False
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The replicas' parameters are results of operations and no Parameters, so the streamed part would miss them.
