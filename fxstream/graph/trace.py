@@ -34,6 +34,7 @@ from .attributes import Held, held
 from .hooks import computed_weights, has_hooks
 from .proxy import Kind, RecordingProxy, UnrecordedError, answered_isinstance, kind_of
 from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
+from .serialize import fingerprint
 from .snapshot import RandomState, Snapshot
 
 
@@ -47,6 +48,10 @@ class Assumptions:
     """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    opaque: tuple[str, ...] = ()
+    """Paths of the modules that stayed one call, though they are no operation with a rule."""
+    fingerprint: str | None = None
+    """Of the graph, if a training flag decided anything; None also if forward made tensors while it was traced."""
 
 
 @dataclass
@@ -315,8 +320,23 @@ def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool
             snapshot.restore()
             drawn.restore()
         _remove_unused_flags(graph, tracer)
-        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
+        known = fingerprint(graph) if tracer.modes and not constants else None
+        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), tuple(opaque), known)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
+
+
+def traced_again(model: nn.Module, before: Assumptions, freeze_batchnorm: bool) -> Assumptions | None:
+    """What holds for a model in its present modes, if tracing it gives the same graph as `before`; None if it does not.
+
+    A flag that was asked may have decided nothing, as in `if self.training and self.auxiliary`.
+    """
+    if before.fingerprint is None:
+        return None
+    try:
+        found = trace(model, dict.fromkeys(before.opaque, NotLocal("")), freeze_batchnorm).assumptions
+    except TraceError:
+        return None
+    return found if (found.fingerprint, {*found.opaque}) == (before.fingerprint, {*before.opaque}) else None
 
 
 def _region() -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import WrappedModelError
 from ..graph.serialize import dump_graph, load_graph
-from ..scan.mirror import mirror_registries
+from ..scan.mirror import mirror, mirror_registries
 from ..scan.settings import parse_bytes
 from .extended import extended, is_found_by_name
 from .older import provide
@@ -112,6 +112,15 @@ class Converted(fx.GraphModule):
                 if isinstance(module, _BatchNorm) and module.training:
                     module.training = False
 
+    def _as_original(self) -> nn.Module | None:
+        """A model of the original's class, with this one's tensors and modes; None if that class is not known."""
+        if self._extends is None:
+            return None
+        original: nn.Module = object.__new__(self._extends)
+        vars(original).update({name: _rebound(value, self, original) for name, value in vars(self).items()})
+        original._modules = {name: part for name, part in self._modules.items() if name != self._streamed_name}
+        return mirror(original, {})
+
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The replicas' parameters are results of operations and no Parameters, so the streamed part would miss them.
         raise WrappedModelError(
@@ -146,10 +155,10 @@ class Converted(fx.GraphModule):
         self._adopt(load_graph(graph))
 
 
-def _rebound(value: Any, model: nn.Module, converted: Converted) -> Any:
-    """An attribute of the model for the converted one: a method of the model becomes one of that."""
+def _rebound(value: Any, model: nn.Module, other: nn.Module) -> Any:
+    """An attribute of a model for another one: a method of the model becomes one of the other."""
     if isinstance(value, MethodType) and value.__self__ is model:
-        return MethodType(value.__func__, converted)
+        return MethodType(value.__func__, other)
     return value
 
 
