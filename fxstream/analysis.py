@@ -32,7 +32,7 @@ def analyze(
 
     Args:
         model: any module that torch.fx can trace, as for `fxstream.convert`; or what that has made of one.
-        freeze_batchnorm: analyse the model as if streamed batch norms used their running statistics in every mode.
+        freeze_batchnorm: analyse the model as if its batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
         example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
             the model tells how many spatial axes there are.

@@ -64,8 +64,10 @@ def convert(
             the image's number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works;
             an axis is cut into equal steps of at most that size. "auto": all spatial axes are streamed, and every call
             chooses the largest tiles that leave half of the memory budget for keeping the graphs of tiles.
-        freeze_batchnorm: streamed batch norms use their running statistics, whatever mode the model is put in. Their
-            affine parameters still train.
+        freeze_batchnorm: all batch norms of the converted model, streamed or in the head, are in eval mode and stay so,
+            whatever mode the model is put in: they use their running statistics, and do not update them. Their affine
+            parameters still train. A batch norm without running statistics (`track_running_stats=False`) normalises
+            by those of the batch as ever, and is not streamed.
         memory_budget: how many bytes may be held between forward and backward beyond carries and outputs, as a number
             or as text such as "4GiB" or "500 MB". As many tiles as fit are then not computed again; if all of them fit,
             a training step costs what a conventional one costs. None: every tile is computed again. With
@@ -183,7 +185,7 @@ def _check_names(traced: Trace) -> None:
     """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
     taken = set(dir(Converted)) - set(dir(nn.Module))
     model, read = traced.root, traced.assumptions.attributes.get("", {})
-    own = {*model._modules, *model._parameters, *model._buffers, *read, *vars(model)}
+    own = {*model._modules, *model._parameters, *model._buffers, *read}
     if clash := sorted(own & taken):
         raise StreamingError(
             f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "
@@ -238,15 +240,14 @@ def _is_work(finding: Finding, prefix: Prefix) -> bool:
 
 
 def _warn_of_lost_names(model: nn.Module, converted: Converted) -> None:
-    """Warn if the converted model lacks something that the model's class defines."""
-    lost = own_names(type(model))
-    if converted._extends is not None:
-        lost &= set(dir(Converted)) - set(dir(nn.Module))
+    """Warn if the converted model lacks methods or attributes of the model."""
+    taken = set(dir(Converted)) - set(dir(nn.Module))
+    own = own_names(type(model))
+    lost = (taken & {*own, *vars(model)}) | (set() if converted._extends is not None else own)
     if lost:
         warnings.warn(
-            f"the converted model does not have what {type(model).__name__} defines as {', '.join(sorted(lost))}. Way "
-            "out: call it on the model itself, or put the part that is to be streamed into a submodule, and convert "
-            "that",
+            f"the converted model lacks what {type(model).__name__} has as {', '.join(sorted(lost))}. Way out: rename "
+            "it, or move the part that is to be streamed into a submodule, and convert that",
             StreamingWarning,
             stacklevel=3,
         )

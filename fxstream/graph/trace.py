@@ -41,6 +41,7 @@ from .hooks import computed_weights, has_hooks
 from .proxy import RecordingProxy, UnrecordedError
 from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
 from .replaced import replaced_functions
+from .serialize import fingerprint
 from .snapshot import RandomState, Snapshot
 
 
@@ -54,6 +55,10 @@ class Assumptions:
     """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    opaque: tuple[str, ...] = ()
+    """Paths of the modules that stayed one call, though they are no operation with a rule."""
+    fingerprint: str | None = None
+    """Of the graph, if a training flag decided anything; None also if forward made tensors while it was traced."""
     given: Given = field(default_factory=Given)
     """What the arguments are taken to be."""
 
@@ -374,8 +379,14 @@ def _trace(
             _check_nothing_drawn(before, alone)
         _remove_unused(graph, tracer)
         _forget_wrapped(graph)
-        given = Given(arguments, tracer.facts.question, surroundings(model))
-        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
+        assumptions = Assumptions(
+            tracer.modes,
+            tracer.attributes,
+            tuple(tracer.entered),
+            tuple(opaque),
+            fingerprint(graph) if tracer.modes and not constants else None,
+            Given(arguments, tracer.facts.question, surroundings(model)),
+        )
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
 
 
@@ -389,6 +400,22 @@ def _opaque(error: Exception) -> NotLocal:
     """Why a module that has raised an error while it was traced is not local."""
     why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
     return NotLocal(why, "register a rule for its class, or use fxstream.compile, which captures what torch.fx cannot")
+
+
+def traced_again(model: nn.Module, before: Assumptions, freeze_batchnorm: bool) -> Assumptions | None:
+    """What holds for a model in its present modes, if tracing it gives the same graph as `before`; None if it does not.
+
+    A flag that was asked may have decided nothing, as in `if self.training and self.auxiliary`.
+    """
+    if before.fingerprint is None:
+        return None
+    try:
+        found = trace(
+            model, before.given.forms, dict.fromkeys(before.opaque, NotLocal("")), freeze_batchnorm
+        ).assumptions
+    except TraceError:
+        return None
+    return found if (found.fingerprint, {*found.opaque}) == (before.fingerprint, {*before.opaque}) else None
 
 
 def _region() -> tuple[Any, ...]:
