@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -14,6 +15,7 @@ from .graph.findings import Finding
 from .graph.prefix import Prefix, find_prefix, image_names, image_node
 from .graph.receptive_field import ReceptiveField
 from .graph.trace import trace
+from .proof.images import image_of
 
 
 def analyze(
@@ -21,7 +23,7 @@ def analyze(
     *,
     freeze_batchnorm: bool = False,
     image: str | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
 ) -> Analysis:
     """Find out what of a model can be streamed along all spatial axes, where streaming stops, and why.
 
@@ -31,8 +33,8 @@ def analyze(
         model: any module that torch.fx can trace, as for `fxstream.convert`.
         freeze_batchnorm: analyse the model as if streamed batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
-        example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
-            the model tells how many spatial axes there are.
+        example_input: an image, or a tuple of all arguments of forward, of which only the image's number of dimensions
+            is used. It is needed only if no operation of the model tells how many spatial axes there are.
 
     Returns:
         An `Analysis`, which `print` shows as a table.
@@ -50,8 +52,9 @@ def analyze(
         ReceptiveField(size=11, stride=4, padding=3)
     """
     traced = trace(model, {}, freeze_batchnorm)
-    names = image_names(traced, example_input)
-    return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
+    given = image_node(traced.graph, image)
+    names = image_names(traced, image_of(traced, given, example_input))
+    return Analysis(find_prefix(traced, given, names, names[2:], freeze_batchnorm))
 
 
 class Analysis:

@@ -29,7 +29,7 @@ def conv(**options: Any) -> nn.Conv2d:
 
 def converted_exactly(model: nn.Module) -> Any:
     """Without the copies that `assert_exact` makes: replaced methods would be those of the copied module."""
-    converted = fxstream.convert(model.double(), 4)
+    converted = fxstream.convert(model.double(), 4, prove=False)
     compare(model, converted, torch.randn(IMAGE))
     return converted
 
@@ -313,7 +313,7 @@ def test_tensors_made_in_forward_are_constants_and_leave_no_attribute_behind() -
     model = Body(body, a=conv(), b=conv())
     attributes = set(vars(model))
     assert_exact(model, IMAGE, 4, whole=True)
-    fxstream.convert(model, 4)
+    fxstream.convert(model, 4, prove=False)
     assert set(vars(model)) == attributes
 
 
