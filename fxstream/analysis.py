@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -24,7 +25,7 @@ def analyze(
     *,
     freeze_batchnorm: bool = False,
     image: str | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
 ) -> Analysis:
     """Find out what of a model can be streamed along all spatial axes, where streaming stops, and why.
 
@@ -34,8 +35,9 @@ def analyze(
         model: any module that torch.fx can trace, as for `fxstream.convert`; or what that has made of one.
         freeze_batchnorm: analyse the model as if its batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
-        example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
-            the model tells how many spatial axes there are.
+        example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
+            answer what the forward asks about its tensors. It is needed if no operation of the model tells how many
+            spatial axes there are, or if the forward refuses the images that are tried.
 
     Returns:
         An `Analysis`, which `print` shows as a table.

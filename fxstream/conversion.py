@@ -73,9 +73,9 @@ def convert(
             a training step costs what a conventional one costs. None: every tile is computed again. With
             tile_shape="auto" the budget also covers carries and the tile that is being computed.
         image: the name of the argument of `model.forward` that is streamed; by default the first.
-        example_input: an image, of which only the shape and dtype are used; or a tuple of all arguments of forward. It
-            is needed if no operation of the model tells how many spatial axes there are, and if the model accepts none
-            of the small random images of the proof.
+        example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
+            answer what the forward asks about its tensors. It is needed if no operation of the model tells how many
+            spatial axes there are, or if the forward refuses the small images that are tried.
         prove: run the graphs and the plain model side by side on a small random image, and compare outputs, gradients,
             everything that a forward changes in the model, and the random numbers that it draws. The model is left as
             it was. False saves the time; docs/training.md says what torch.fx may then miss. A model on the meta device

@@ -183,7 +183,7 @@ def test_a_flag_that_is_handed_to_torch() -> None:
 def test_a_model_whose_structure_depends_on_its_mode(name: str) -> None:
     model = torchvision.models.get_model(name, init_weights=False, aux_logits=True).double()
     for mode, converting in ((True, "train"), (False, "eval")):
-        converted = fxstream.convert(model.train(mode), 64, freeze_batchnorm=True)
+        converted = fxstream.convert(model.train(mode), 64, freeze_batchnorm=True, prove=False)
         with pytest.raises(
             fxstream.ModeError, match=rf"the model depends on its mode: it was converted in {converting}"
         ):
