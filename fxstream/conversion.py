@@ -95,7 +95,7 @@ def convert(
     # 1. Check that the model is a plain one.
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    _check_unwrapped(model)
+    check_unwrapped(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = trace(model, {}, freeze_batchnorm)
     _check_names(traced)
@@ -105,8 +105,8 @@ def convert(
     # 3. Find the prefix.
     prefix = find_prefix(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
     if not prefix.nodes:
-        raise NothingToStreamError(_nothing(prefix))
-    _warn_if_short(prefix)
+        raise NothingToStreamError(nothing(prefix))
+    warn_if_short(prefix)
     _warn_if_modes_are_overridden(model)
     # 4. Partition the traced graph.
     name = _unused_name(model)
@@ -128,7 +128,8 @@ def _check_names(traced: Trace) -> None:
         )
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises WrappedModelError or ShardedError if a model is not a plain one."""
     if isinstance(model, Converted):
         raise WrappedModelError(
             "the model is converted already. Way out: set its tile_shape, or convert the original model"
@@ -154,12 +155,13 @@ _WRAPPERS = {
 """Classes that wrap a model, by name, since importing them all would take seconds."""
 
 
-def _nothing(prefix: Prefix) -> str:
+def nothing(prefix: Prefix) -> str:
+    """The reasons why nothing of a model streams, for the user."""
     reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
     return f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
 
 
-def _warn_if_short(prefix: Prefix) -> None:
+def warn_if_short(prefix: Prefix) -> None:
     """Warn if the head has windowed operations, which users expect to be streamed."""
     nodes = (finding.node for finding in prefix.head)
     left = sum(spatial_axes(node, prefix.trace.module_of(node)) is not None for node in nodes)

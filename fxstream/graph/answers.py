@@ -17,6 +17,7 @@ from ..errors import ImageTooSmallError
 from ..geometry.axes import Symbol, Value
 from ..ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, inplace
 from .nodes import label, leaves, operation, rule_of
+from .regions import answer_in_region
 
 
 class Borrowed:
@@ -92,7 +93,7 @@ def answer(
         kwargs = _frozen(rule, args, kwargs)
         args = ()
     try:
-        return rule(*args, **kwargs)
+        return answer_in_region(node, rule(*args, **kwargs))
     except ValueError as error:
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
 

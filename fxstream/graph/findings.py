@@ -133,10 +133,14 @@ class _Walk:
         self.freeze_batchnorm = freeze_batchnorm
         self.left_to_head = left_to_head
         self.aliasing = Aliasing(trace.graph, image)
-        self.constants = Constants(trace.modules, trace.constants)
+        self.constants = Constants(trace.modules, trace.constants, trace.known)
         self.found: dict[fx.Node, Finding] = {}
         self.states = {path: _tensor_names(path, module) for path, module in trace.modules.items()}
-        dims = tuple(Dim(name if name in axes else None, Symbol()) for name in names)
+        sizes = trace.known.get(image, [None] * len(names))
+        dims = tuple(
+            Dim(name if name in axes else None, Symbol() if size is None else size)
+            for name, size in zip(names, sizes, strict=True)
+        )
         self.values: dict[fx.Node, Any] = {image: Value(dims, 0)}
         self.owners = [image]
         """The node to which each numbered value belongs."""
@@ -150,7 +154,7 @@ class _Walk:
             self._define(finding)
         elif finding.status == "total":
             self.aliasing.add(node, ())
-        elif finding.status != "image":
+        elif finding.status != "image" and not self.constants.is_number(node):
             # Without a rule that says otherwise, its result may be a view of anything that it reads.
             slides = spatial_axes(node, self.trace.module_of(node)) is not None
             shares = () if slides else map(self.aliasing.latest, node.all_input_nodes)
