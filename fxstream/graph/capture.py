@@ -36,6 +36,8 @@ _RESHAPING = ("view", "reshape", torch.reshape)
 _EXPANDING = ("expand", "broadcast_to", torch.broadcast_to)
 _TRAINING = 5
 """The position of `training` among the arguments of `F.batch_norm`."""
+_HARMLESS = (torch._C._log_api_usage_once,)
+"""Functions that neither take nor return tensors, and that have no effect on other operations."""
 _RESUMED = "torch_dynamo_resume_in_"
 """How TorchDynamo names the code behind a graph break."""
 
@@ -145,6 +147,8 @@ class _Reader:
             self.new[node] = tuple(args[0]) if args else ()
             return
         if node.op.startswith("call") and _example(node) is None and not _tensors_of(node):
+            if node.target in _HARMLESS:
+                return
             raise UncapturedError(f"{node.name} may change what the operations behind it do")
         if node in self.depending:
             args = self._with_extents(node, args)

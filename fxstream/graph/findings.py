@@ -221,7 +221,9 @@ class _Walk:
             return NotLocal("has a hook, which would run once per tile", "remove the hook")
         if module is not None and str(node.target) in self.trace.opaque:
             return self.trace.opaque[str(node.target)]
-        with Watching() as watching:
+        given = [leaf for source in node.all_input_nodes for leaf in leaves(self._input(source))]
+        own = () if module is None else (*module.parameters(), *module.buffers())
+        with Watching((*given, *own)) as watching:
             found = answer(node, self._input, module, freeze_batchnorm=self.freeze_batchnorm)
         if watching.computed:
             raise StreamingError(
