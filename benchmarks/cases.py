@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 MODES = ("training", "inference")
+PLACES = ("device", "host")
+"""Where the image may be: with the network, or in host memory."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Case:
     mode: str
     way: str
     tile: int | None = None
+    autocast: str | None = None
+    """The dtype of autocast around the forward pass, if there is autocast."""
+    image_on: str = "device"
 
     @property
     def label(self) -> str:
@@ -38,14 +44,17 @@ class Network(nn.Module):
 
 
 class UNet(nn.Module):
-    """A U-Net of four levels with two padded convolutions each, down and up. Its output is as large as the image."""
+    """A U-Net of four levels with two padded convolutions each, down and up. Its output is as large as the image.
 
-    def __init__(self, width: int = 16, levels: int = 4):
+    The outermost level has `width` channels, and each further level has `growth` times as many.
+    """
+
+    def __init__(self, width: int = 16, levels: int = 4, growth: int = 2):
         super().__init__()
-        widths = [width * 2**level for level in range(levels + 1)]
+        widths = [width * growth**level for level in range(levels + 1)]
         self.down = nn.ModuleList(_double(*pair) for pair in zip([3, *widths], widths, strict=False))
         self.pool = nn.MaxPool2d(2)
-        self.widen = nn.ModuleList(nn.ConvTranspose2d(2 * width, width, 2, stride=2) for width in widths[:-1])
+        self.widen = nn.ModuleList(nn.ConvTranspose2d(below, width, 2, stride=2) for width, below in pairwise(widths))
         self.up = nn.ModuleList(_double(2 * width, width) for width in widths[:-1])
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

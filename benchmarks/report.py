@@ -23,7 +23,7 @@ COLUMNS = {
 
 def table(records: list[dict[str, Any]]) -> Table:
     """A table of cases that differ only in their way; each figure is followed by its ratio to the conventional one."""
-    found = Table(title="{model}, {size} x {size}, {mode}".format(**records[0]), title_justify="left")
+    found = Table(title=title(records[0]), title_justify="left")
     found.add_column("", no_wrap=True)
     for heading, _ in COLUMNS.values():
         found.add_column(heading, justify="right")
@@ -33,6 +33,13 @@ def table(records: list[dict[str, Any]]) -> Table:
         figures = (_figure(record, key) for key in COLUMNS)
         found.add_row(record["label"], *figures, "" if error is None else f"{error:.0e}")
     return found
+
+
+def title(record: dict[str, Any]) -> str:
+    """What the cases of a table have in common."""
+    autocast = f", {record['autocast']} autocast" if record["autocast"] else ""
+    host = ", image on the host" if record["image_on"] == "host" else ""
+    return "{model}, {size} x {size}, {mode}".format(**record) + autocast + host
 
 
 def notes(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -52,18 +59,23 @@ def _figure(record: dict[str, Any], key: str) -> str:
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Draw time and memory against the size of the image, in one row for each model and mode."""
-    groups = list(dict.fromkeys((record["model"], record["mode"]) for record in records))
+    groups = list(dict.fromkeys(map(_group, records)))
     figure = Figure(figsize=(11, 3.6 * len(groups)), layout="constrained")
     rows = figure.subplots(len(groups), 2, squeeze=False)
     labels = list(dict.fromkeys(record["label"] for record in records))
     colours = dict(zip(labels, mpl.color_sequences["tab20"] * len(labels), strict=False))
-    for (model, mode), row in zip(groups, rows, strict=True):
-        mine = [record for record in records if (record["model"], record["mode"]) == (model, mode)]
+    for group, row in zip(groups, rows, strict=True):
+        mine = [record for record in records if _group(record) == group]
         for axes, key in zip(row, ("seconds", "peak_bytes"), strict=True):
             _lines(axes, mine, key, colours)
-            axes.set_title(f"{model}, {mode}")
+            axes.set_title(group)
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _group(record: dict[str, Any]) -> str:
+    """The title of a plot."""
+    return ", ".join(part for part in title(record).split(", ") if part != f"{record['size']} x {record['size']}")
 
 
 def _lines(axes: Axes, records: Iterable[dict[str, Any]], key: str, colours: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ class Conventional:
     """The size of an image that is large enough for a warm-up run."""
     small = 128
     """The size of an image that is large enough for a comparison of gradients."""
+    moves_image = False
+    """Whether the network itself copies an image in host memory to the GPU."""
 
     def __init__(self, network: Network, tile: int | None):
         self.network: nn.Module = network
@@ -69,6 +71,7 @@ class Fxstream(Conventional):
     """fxstream, which computes every tile again in the backward pass."""
 
     memory_budget: str | None = None
+    moves_image = True
 
     def __init__(self, network: Network, tile: int | None):
         import fxstream  # imported here, so that the other ways are measured without it

@@ -9,11 +9,13 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+from .compilation import captured_prefix
+from .errors import StreamingError, TraceError
 from .estimate import Estimate, estimate
+from .graph.example import traced_with_example
 from .graph.findings import Finding
 from .graph.prefix import Prefix, find_prefix, image_names, image_node
 from .graph.receptive_field import ReceptiveField
-from .graph.trace import trace
 
 
 def analyze(
@@ -32,13 +34,14 @@ def analyze(
         freeze_batchnorm: analyse the model as if streamed batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
         example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
-            the model tells how many spatial axes there are.
+            the model tells how many spatial axes there are. With it, a model that torch.fx cannot trace is captured as
+            `fxstream.compile` captures it.
 
     Returns:
         An `Analysis`, which `print` shows as a table.
 
     Raises:
-        TraceError: torch.fx cannot trace the model.
+        TraceError: torch.fx cannot trace the model, and there is no example_input.
         TileShapeError: nothing tells the number of spatial axes.
         StreamingError: `image` is not an argument of the model's forward.
 
@@ -49,8 +52,13 @@ def analyze(
         >>> analysis.receptive_field("_1")["H"]
         ReceptiveField(size=11, stride=4, padding=3)
     """
-    traced = trace(model, {}, freeze_batchnorm)
-    names = image_names(traced, example_input)
+    try:
+        traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    except TraceError:
+        if not isinstance(example_input, torch.Tensor):
+            raise
+        return Analysis(captured_prefix(model, example_input, freeze_batchnorm=freeze_batchnorm, image=image))
+    names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
 
 
@@ -110,6 +118,10 @@ class Analysis:
             TypeError: the model needs further arguments.
         """
         found = self._found
+        if found.trace.known:
+            raise StreamingError(
+                "estimate() needs a model that torch.fx can trace. Way out: measure a step of fxstream.compile's model"
+            )
         return estimate(found.trace.root, image_shape, tile_shape, found.freeze_batchnorm, str(found.image.target))
 
     def __str__(self) -> str:

@@ -16,21 +16,32 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .conversion import check_unwrapped, nothing, warn_if_short
-from .errors import HookError, NothingToStreamError, PlainCallError, StreamingError, StreamingWarning, WrappedModelError
+from .conversion import check_unwrapped, warn_if_short
+from .errors import (
+    BatchNormModeError,
+    HookError,
+    NothingToStreamError,
+    PlainCallError,
+    StreamingError,
+    StreamingWarning,
+    WrappedModelError,
+)
 from .geometry.axes import axis_names
-from .graph.capture import UncapturedError, image_among, is_resumed, read
+from .graph.capture import Capture, UncapturedError, image_among, is_resumed, read
 from .graph.hooks import registered
-from .graph.partition import partition
 from .graph.prefix import Prefix, find_prefix
 from .graph.regions import restore_regions
 from .graph.trace import Assumptions
 from .model.streamed import Streamed
+from .model.variants import rewrite
 from .scan.settings import Settings, parse_bytes, parse_tile_shape
 
 TileShape = int | tuple[int | None, ...] | list[int | None] | Literal["auto"]
 Runnable = Callable[..., Any]
+_NAME = "streamed"
+"""The submodule of a graph that streams."""
 _CAPTURES = 64
 """How many captures of a model's code `compile` lets torch make before torch runs the plain model."""
 
@@ -47,8 +58,8 @@ def compile(
     """Let a model stream in place, through `torch.compile`'s front end.
 
     The model keeps its class, its modules, its parameters and the keys of its state dict. torch captures the forward at
-    the first call, and again where a guard fails: another mode, another attribute, a branch on the size of the image
-    that goes another way. Needs no C++ compiler. docs/compile.md says when to use this door, and when `fxstream.convert`.
+    the first call, and again where a guard fails: another mode, another attribute, another branch that depends on the
+    size of the image. No C++ compiler is needed. docs/compile.md says when torch runs the plain model instead.
 
     Args:
         model: any module that torch.compile can capture; its forward takes one image (N, C, *spatial).
@@ -69,7 +80,8 @@ def compile(
         MemoryBudgetError, TileShapeError: at once or, if only the image can tell, at the first call.
 
         A call of the model raises what a call of a converted model raises, and: NothingToStreamError; HookError, if a
-        module has other hooks than at the first call; WrappedModelError, inside DistributedDataParallel; PlainCallError.
+        module has other hooks than at the first call; BatchNormModeError, if a batch norm that should be frozen ran
+        outside a captured graph; WrappedModelError, inside DistributedDataParallel; PlainCallError.
 
     Warns:
         StreamingWarning: nothing was streamed in a call, or little.
@@ -94,7 +106,7 @@ def compile(
     model.compile(backend=used, dynamic=True, **{name: value for name, value in wanted.items() if name in known})
     compiled = model._compiled_call_impl
     assert compiled is not None, "it has just been compiled"
-    model._compiled_call_impl = _WatchedCall(model, compiled, strict)
+    model._compiled_call_impl = _WatchedCall(model, compiled, freeze_batchnorm, strict)
     return model
 
 
@@ -135,7 +147,7 @@ def named_backend(
     mode: str | None = None,
     **others: Any,
 ) -> Runnable:
-    """What `backend="fxstream"` stands for. torch.compile passes its `options` and `mode` on; errors come at the call."""
+    """What `backend="fxstream"` stands for: torch.compile passes `options` and `mode` on. Errors come at the call."""
     given = {**(options or {}), **others}
     known = inspect.signature(backend).parameters
     try:
@@ -153,7 +165,7 @@ def named_backend(
 
 @dataclass(frozen=True)
 class Backend:
-    """What `fxstream.backend` returns. Two with the same options are equal, so that torch can use a capture of either."""
+    """What `fxstream.backend` returns. Two with the same options are equal: torch uses the captures of either."""
 
     tile_shape: Any
     freeze_batchnorm: bool
@@ -183,25 +195,30 @@ class Backend:
         image = image_among(captured, self.image)
         if image is None:
             return _AsItIs(captured, "a captured graph has no image")
-        settings, prefix = self.prefix(captured, image)
-        if not prefix.nodes:
-            return _AsItIs(captured, nothing(prefix), raises=not is_resumed(captured.graph))
+        capture = read(captured, image, self.freeze_batchnorm)
+        settings = self.settings(capture)
+        try:
+            prefix, parts = rewrite(capture.trace, str(capture.image.target), settings, _NAME)
+            streamed = set(prefix.nodes)
+            if kept := [name for name, nodes in capture.checkpoints.items() if streamed.isdisjoint(nodes)]:
+                capture = read(captured, image, self.freeze_batchnorm, kept)
+                prefix, parts = rewrite(capture.trace, str(capture.image.target), settings, _NAME)
+        except NothingToStreamError as error:
+            return _AsItIs(captured, str(error), raises=not is_resumed(captured.graph))
         warn_if_short(prefix)
-        outer, streamed = partition(prefix, "streamed")
-        part = Streamed(streamed, settings, Assumptions({}, {}, ()))
-        restore_regions(outer)
-        module = fx.GraphModule({**_attributes(captured, outer), "streamed": part}, outer)
+        part = Streamed(parts.streamed, settings, Assumptions({}, {}, ()))
+        restore_regions(parts.outer)
+        module = fx.GraphModule({**_attributes(captured, parts.outer), _NAME: part}, parts.outer)
         part.bind(module)
         return _Streaming(module)
 
-    def prefix(self, captured: fx.GraphModule, image: fx.Node) -> tuple[Settings, Prefix]:
-        """What streams of a captured graph, and how it is tiled."""
-        trace, node = read(captured, image, self.freeze_batchnorm)
-        names = axis_names(len(trace.known[node]) - 2)
+    def settings(self, capture: Capture) -> Settings:
+        """The settings for the image of a captured graph. Raises TileShapeError."""
+        names = axis_names(len(capture.trace.known[capture.image]) - 2)
         tiling = parse_tile_shape(self.tile_shape, names)
         settings = Settings(names, tiling, self.freeze_batchnorm, self.memory_budget)
         settings.check()
-        return settings, find_prefix(trace, node, names, settings.axes, self.freeze_batchnorm)
+        return settings
 
 
 def _hashable(tile_shape: Any) -> Any:
@@ -210,7 +227,7 @@ def _hashable(tile_shape: Any) -> Any:
 
 def _attributes(captured: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     """What a graph reads of the captured module: submodules of higher-order operations, tensors that forward made."""
-    targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")} - {"streamed"}
+    targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")} - {_NAME}
     found = {}
     for target in targets:
         owner, _, name = target.rpartition(".")
@@ -294,9 +311,10 @@ class _Raising:
 class _WatchedCall:
     """The call of a model that was given to `compile`: warns, or raises, if nothing has streamed."""
 
-    def __init__(self, model: nn.Module, compiled: Runnable, strict: bool):
+    def __init__(self, model: nn.Module, compiled: Runnable, freeze_batchnorm: bool, strict: bool):
         self.model = model
         self.compiled = compiled
+        self.freeze_batchnorm = freeze_batchnorm
         self.strict = strict
         self.hooks: dict[str, tuple[int, ...]] | None = None
         """The hooks of all modules at the first call, by path; later ones would not be seen."""
@@ -304,8 +322,10 @@ class _WatchedCall:
     @torch._disable_dynamo  # type: ignore[attr-defined]  # torch itself uses it so
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._check_hooks()
+        counted = self._counters()
         with _watching() as call:
             result = self.compiled(*args, **kwargs)
+        self._check_frozen(counted)
         if self.hooks is None:
             self.hooks = registered(self.model)
         if not call.streamed:
@@ -320,6 +340,24 @@ class _WatchedCall:
             raise HookError(
                 f"{changed[0] or 'the model'} has other hooks than at the first call, which torch.compile would not "
                 "see. Way out: register hooks before the first call, or torch.compiler.reset() and call it again"
+            )
+
+    def _counters(self) -> dict[str, int]:
+        """Path of a batch norm that should be frozen -> how often its counter of batches was written to."""
+        if not self.freeze_batchnorm:
+            return {}
+        norms = ((path, module) for path, module in self.model.named_modules() if isinstance(module, _BatchNorm))
+        counters = ((path, module.num_batches_tracked) for path, module in norms)
+        return {path: counter._version for path, counter in counters if counter is not None}
+
+    def _check_frozen(self, before: dict[str, int]) -> None:
+        """Raises BatchNormModeError if a batch norm that should be frozen has used batch statistics."""
+        now = self._counters()
+        if changed := [path for path, version in before.items() if now.get(path, version) != version]:
+            raise BatchNormModeError(
+                f"{changed[0]} used the statistics of the batch in this call, and has updated its running ones, though "
+                "freeze_batchnorm=True: torch ran it outside the captured graphs, as it does with momentum=None. Way "
+                "out: call .eval() on it"
             )
 
     def _complain(self, reasons: list[str]) -> None:
@@ -356,11 +394,11 @@ def _check_image_name(model: nn.Module, image: str | None) -> None:
 # Analysis through this door.
 
 
-class _Found(Exception):
+class _FoundError(Exception):
     """Ends a call as soon as what streams is known."""
 
     def __init__(self, prefix: Prefix):
-        super().__init__()
+        super().__init__(prefix)
         self.prefix = prefix
 
 
@@ -372,20 +410,21 @@ def captured_prefix(
     Python of the forward in front of the first operation runs; nothing is computed. Raises StreamingError if no graph
     with an image is captured.
     """
-    sizes = (1,) * (example_input.dim() - 2)
 
     def find(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> Runnable:
         try:
             if (node := image_among(captured, image)) is None:
                 return captured.forward
-            _, prefix = Backend(sizes, freeze_batchnorm, 0, image).prefix(captured, node)
+            capture = read(captured, node, freeze_batchnorm)
+            names = axis_names(len(capture.trace.known[capture.image]) - 2)
+            prefix = find_prefix(capture.trace, capture.image, names, names[2:], freeze_batchnorm)
         except Exception as error:
             return _Raising(error)
-        return _Raising(_Found(prefix))
+        return _Raising(_FoundError(prefix))
 
     try:
-        torch.compile(model.forward, backend=find, dynamic=True)(example_input)
-    except _Found as found:
+        torch.compile(model._call_impl, backend=find, dynamic=True)(example_input)
+    except _FoundError as found:
         return found.prefix
     except UncapturedError as why:
         raise StreamingError(str(why)) from None

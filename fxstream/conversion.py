@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from .errors import NothingToStreamError, ShardedError, StreamingError, StreamingWarning, WrappedModelError
+from .errors import ShardedError, StreamingError, StreamingWarning, WrappedModelError
+from .graph.arguments import Question
+from .graph.example import traced_with_example
 from .graph.nodes import spatial_axes
-from .graph.partition import partition
-from .graph.prefix import Prefix, find_prefix, image_names, image_node
+from .graph.partition import Partition, partition
+from .graph.prefix import Prefix, image_names
 from .graph.trace import Trace, trace
 from .model.converted import Converted
 from .model.streamed import Streamed
+from .model.variants import rewrite
+from .proof.images import MOST, SIZES
+from .proof.prove import find_proof
 from .scan.checks import is_sharded
 from .scan.settings import Settings, parse_bytes, parse_tile_shape
 
@@ -26,7 +33,8 @@ def convert(
     freeze_batchnorm: bool = False,
     memory_budget: int | str | None = None,
     image: str | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
+    prove: bool = True,
 ) -> fx.GraphModule:
     """Convert a CNN so that the front of it runs tile by tile, with the same outputs and the same gradients.
 
@@ -38,6 +46,7 @@ def convert(
     3. Find the prefix.
     4. Partition the traced graph into an outer graph and the streamed graph.
     5. Assemble the converted model from the two.
+    6. Prove it on a small random image.
 
     The converted model has modules of its own, with the original's Parameters and buffers. Changing its modes or hooks
     never changes the original's. Moving or casting one of the two afterwards separates their tensors.
@@ -58,8 +67,13 @@ def convert(
             a training step costs what a conventional one costs. None: every tile is computed again. With
             tile_shape="auto" the budget also covers carries and the tile that is being computed.
         image: the name of the argument of `model.forward` that is streamed; by default the first.
-        example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
-            the model tells how many spatial axes there are.
+        example_input: an image, of which only the shape and dtype are used; or a tuple of all arguments of forward. It
+            is needed if no operation of the model tells how many spatial axes there are, and if the model accepts none
+            of the small random images of the proof.
+        prove: run the graphs and the plain model side by side on a small random image, and compare outputs, gradients,
+            everything that a forward changes in the model, and the random numbers that it draws. The model is left as
+            it was. False saves the time; docs/training.md says what torch.fx may then miss. A model on the meta device
+            is not proved.
 
     Returns:
         A torch.fx.GraphModule. Its `graph` holds the values that do not depend on the image, one call of the submodule
@@ -74,6 +88,7 @@ def convert(
         TileShapeError: `tile_shape` has a wrong form or a size that is not positive, or is "auto" without a budget.
         MemoryBudgetError: `memory_budget` is no number of bytes; at a call, with "auto": no tiles fit it.
         NothingToStreamError: the first operations are not local.
+        ProofError: the proof finds a difference between the graphs and the model.
         StreamingError: the base class of these errors, and of those that the converted model raises when it is called:
             InputError (rank or channels of the image), ImageTooSmallError, BatchNormModeError (a streamed batch norm is
             in training mode), ModeError, AttributeChangedError, HookError (a streamed module has acquired a hook),
@@ -81,7 +96,7 @@ def convert(
 
     Warns:
         StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the model's class
-            overrides `train` or `eval`.
+            overrides `train` or `eval`; or the conversion could not be proved.
 
     Example:
         >>> import torch, fxstream
@@ -97,23 +112,67 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_unwrapped(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
-    traced = trace(model, {}, freeze_batchnorm)
+    traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
-    names = image_names(traced, example_input)
+    names = image_names(traced, image)
     settings = Settings(names, parse_tile_shape(tile_shape, names), freeze_batchnorm, parse_bytes(memory_budget))
     settings.check()
-    # 3. Find the prefix.
-    prefix = find_prefix(traced, image_node(traced.graph, image), names, settings.axes, freeze_batchnorm)
-    if not prefix.nodes:
-        raise NothingToStreamError(nothing(prefix))
+    # 3. Find the prefix; 4. partition the traced graph.
+    name = _unused_name(model)
+    prefix, parts = rewrite(traced, image, settings, name)
     warn_if_short(prefix)
     _warn_if_modes_are_overridden(model)
-    # 4. Partition the traced graph.
-    name = _unused_name(model)
-    outer, streamed = partition(prefix, name)
-    # 5. Assemble the converted model.
-    part = Streamed(streamed, settings, prefix.trace.assumptions)
-    return Converted(model, prefix.trace.constants, outer, name, part)
+    # 5. Assemble the converted model from the two.
+    converted = _assemble(model, prefix, parts, name, settings)
+    # 6. Prove it on a small random image.
+    if prove:
+        _prove(prefix, parts, name, settings, example_input)
+    return converted
+
+
+def _assemble(model: nn.Module, prefix: Prefix, parts: Partition, name: str, settings: Settings) -> Converted:
+    part = Streamed(parts.streamed, settings, prefix.trace.assumptions)
+    return Converted(model, prefix.trace.constants, parts.outer, name, part)
+
+
+def _prove(
+    prefix: Prefix,
+    parts: Partition,
+    name: str,
+    settings: Settings,
+    example_input: torch.Tensor | tuple[Any, ...] | None,
+) -> None:
+    """Raises ProofError if the graphs do not do what the model does. Warns if that cannot be found out."""
+    prefix, parts = _of_small_image(prefix, parts, name, settings)
+
+    def tiled(model: nn.Module, sizes: tuple[int, ...]) -> Converted:
+        retiled = replace(settings, tiling=replace(settings.tiling, sizes=sizes))
+        return _assemble(model, prefix, partition(prefix, name), name, retiled)
+
+    unproved = find_proof(prefix, parts, name, settings.tiling.channels, example_input, tiled)
+    if unproved:
+        warnings.warn(
+            f"the conversion of {type(prefix.trace.root).__name__} is not proved on a small image: {unproved}. Or, if "
+            "you have compared it yourself, prove=False",
+            StreamingWarning,
+            stacklevel=3,
+        )
+
+
+def _of_small_image(prefix: Prefix, parts: Partition, name: str, settings: Settings) -> tuple[Prefix, Partition]:
+    """The same for a small image, if the graph holds for a large one alone and the model accepts a small one."""
+    given, image = prefix.trace.assumptions.given, str(prefix.image.target)
+    form = given.form_of(image)
+    if given.question is not Question.SHAPE or math.prod(form.shape) <= MOST:
+        return prefix, parts
+    for size in SIZES[len(settings.names) - 2]:
+        small = replace(form, shape=(*form.shape[:2], *[size] * (len(settings.names) - 2)))
+        forms = {slot: small if slot.name == image else other for slot, other in given.forms.items()}
+        try:
+            return rewrite(trace(prefix.trace.root, forms, {}, settings.freeze_batchnorm), image, settings, name)
+        except StreamingError:
+            continue
+    return prefix, parts
 
 
 def _check_names(traced: Trace) -> None:
@@ -153,12 +212,6 @@ _WRAPPERS = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel",
 }
 """Classes that wrap a model, by name, since importing them all would take seconds."""
-
-
-def nothing(prefix: Prefix) -> str:
-    """The reasons why nothing of a model streams, for the user."""
-    reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
-    return f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
 
 
 def warn_if_short(prefix: Prefix) -> None:

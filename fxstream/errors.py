@@ -15,6 +15,13 @@ class NothingToStreamError(StreamingError):
     """At conversion: no operation at the front of the model is local, so that nothing can be streamed."""
 
 
+class ProofError(StreamingError):
+    """At conversion: on a small random image, the converted model does not do what the plain model does.
+
+    The message says what differs, and names the module and the line where they part.
+    """
+
+
 class WrappedModelError(StreamingError):
     """At conversion: the model is already converted, or wrapped, as by DistributedDataParallel or torch.compile.
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from .conversion import convert
 from .errors import StreamingWarning
+from .memory.flops import Flops
 from .memory.footprint import working_set
 from .memory.live import LiveBytes
 from .model.streamed import Streamed
@@ -28,7 +28,7 @@ class Estimate:
     tiles: int
     """Number of tiles."""
     flops: int
-    """As torch.utils.flop_counter counts them, so without element-wise operations."""
+    """Those of convolutions, matrix products and attention; element-wise operations are not counted."""
     carried_bytes: int
     """Held by the streamed part between forward and backward; in inference, the most at any time."""
     peak_bytes: int
@@ -56,6 +56,7 @@ def estimate(
             freeze_batchnorm=freeze_batchnorm,
             image=image_name,
             example_input=image,
+            prove=False,
         )
         return _of_step(converted, image)
 
@@ -83,13 +84,13 @@ def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor)
     streamed.settings = replace(settings, tiling=replace(settings.tiling, sizes=whole))
     calls: list[tuple[Any, Any]] = []
     hook = streamed.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs, outputs)))
-    with FlopCounterMode(display=False) as flops:
+    with Flops() as flops:
         roots = _roots(converted(image))
         torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
     hook.remove()
     streamed.settings = settings
     ((inputs, outputs),) = calls
-    return int(flops.get_total_flops()), inputs, outputs
+    return flops.total, inputs, outputs
 
 
 def _head(converted: fx.GraphModule, image: torch.Tensor, given: Sequence[torch.Tensor]) -> tuple[int, int]:

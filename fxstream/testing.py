@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten
 from .conversion import convert
 from .errors import StreamingWarning
 from .geometry.axes import SPATIAL_NAMES, axis_names
+from .graph.example import traced_with_example
 from .graph.findings import Finding
 from .graph.prefix import find_prefix, image_node
-from .graph.trace import trace
 from .model.converted import Converted
 from .model.streamed import Streamed
 from .ops import rule_for
@@ -129,7 +129,7 @@ def _converted(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tens
     """The converted model. Raises AssertionError, with the reasons, if any operation is left to the head."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StreamingWarning)
-        converted = convert(model, tile, example_input=image)
+        converted = convert(model, tile, example_input=image, prove=False)
     assert isinstance(converted, Converted)
     if left := head(converted):
         spatial = image.dim() - 2
@@ -141,7 +141,7 @@ def _converted(model: nn.Module, tile: tuple[int | None, ...], image: torch.Tens
 
 def stops_along(model: nn.Module, axes: tuple[str, ...], spatial: int = 2) -> list[Finding]:
     """Where streaming along these axes ends; `fxstream.analyze` would stream all spatial axes, and not the batch."""
-    traced = trace(model, {}, False)
+    traced = traced_with_example(model, None, None, freeze_batchnorm=False)
     image = image_node(traced.graph, None)
     return find_prefix(traced, image, axis_names(spatial), axes, freeze_batchnorm=False).stops
 

@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
+from fxstream.memory.flops import Flops
 from fxstream.model.streamed import Streamed
 from fxstream.testing import compare, head, relative_error
 
@@ -42,7 +42,7 @@ class Body(nn.Module):
 
 def pair(model: nn.Module, tile_shape: Any, **convert_kwargs: Any) -> tuple[nn.Module, Any]:
     """The model, and a converted copy of it that has parameters and buffers of its own."""
-    return model, fxstream.convert(copy.deepcopy(model), tile_shape, **convert_kwargs)
+    return model, fxstream.convert(copy.deepcopy(model), tile_shape, **{"prove": False, **convert_kwargs})
 
 
 def image(height: int = 26, width: int = 21, batch: int = 2, seed: int = 1) -> torch.Tensor:
@@ -108,7 +108,7 @@ def assert_exact(
     # Two copies, since the plain run may change buffers.
     plain, model = copy.deepcopy(model).double(), copy.deepcopy(model).double()
     image = shape_or_image if isinstance(shape_or_image, torch.Tensor) else torch.randn(*shape_or_image)
-    converted = fxstream.convert(model, tile_shape, **convert_kwargs)
+    converted = fxstream.convert(model, tile_shape, **{"prove": False, **convert_kwargs})
     if last is not None:
         handed = handed_over(converted)
         assert handed == ([last] if isinstance(last, str) else list(last)), f"the head gets {handed}"
@@ -232,10 +232,10 @@ class Allocations(TorchDispatchMode):
 
 
 def flops(function: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a call."""
+    with Flops() as counter:
         function()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def live_bytes() -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from reference import flops
+from reference import Body, flops
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlockConfig
 
 import fxstream
@@ -170,3 +173,59 @@ def test_what_cannot_be_estimated() -> None:
         analysis.estimate((1, 3, 4, 20), 8)
     with pytest.raises(fxstream.InputError):
         analysis.estimate((3, 20, 20), 8)
+
+
+# Counting FLOPs.
+
+CONVOLUTIONS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 9, 7)),
+    "depthwise": (lambda groups=4: nn.Conv2d(4, 8, 3, stride=2, groups=groups), (2, 4, 9, 7)),
+    "grouped": (lambda groups=2: nn.Conv3d(4, 6, (1, 3, 2), groups=groups, bias=False), (2, 4, 5, 6, 7)),
+    "dilated": (lambda groups=2: nn.Conv1d(4, 6, 3, dilation=2, groups=groups), (2, 4, 15)),
+    "transposed": (lambda groups=2: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups), (2, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("trained", ["everything", "the weights"])
+def test_the_gradients_of_a_convolution_take_what_each_forward_takes(name: str, trained: str) -> None:
+    """Torch's counter does not divide by the number of groups. For a dense convolution it is right."""
+    build, shape = CONVOLUTIONS[name]
+    image = torch.randn(shape, requires_grad=trained == "everything")
+    convolution = build()
+    forward = flops(lambda: convolution(image))
+    assert flops(lambda: convolution(image).sum().backward()) == (3 if image.requires_grad else 2) * forward
+    if name != "dense":
+        dense = build(groups=1)
+        assert forward * convolution.groups == flops(lambda: dense(image))
+        convolution = dense
+    with FlopCounterMode(display=False) as torchs:
+        convolution(image).sum().backward()
+    assert flops(lambda: convolution(image).sum().backward()) == torchs.get_total_flops()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_flops_are_torchs_own_in_every_mode(mode: Any) -> None:
+    model, image = nn.TransformerEncoderLayer(16, 2), torch.randn(5, 2, 16)
+    with mode():
+        with FlopCounterMode(display=False) as torchs:
+            model(image)
+        assert flops(lambda: model(image)) == torchs.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_view_of_a_parameter_that_enters_the_streamed_part(mode: Any) -> None:
+    """Torch's counter fails on it under `torch.no_grad`."""
+    model = Body(lambda m, x: F.conv2d(x, m.p.view(4, 3, 3, 3)), p=nn.Parameter(torch.randn(4, 27)))
+    with mode():
+        estimate = fxstream.analyze(model).estimate((1, 3, 64, 64), 16)
+        assert estimate.flops == Counted(model, (1, 3, 64, 64), 16).flops
+
+
+def test_an_estimate_of_a_small_model_takes_less_than_a_second() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
+    analysis = fxstream.analyze(model)
+    model.to("meta")(torch.empty(1, 3, 9, 9, device="meta"))  # torch imports its compiler for the first batch norm
+    begin = time.process_time()
+    analysis.estimate((1, 3, 4096, 4096), 64)
+    assert time.process_time() - begin < 1

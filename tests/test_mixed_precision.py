@@ -305,7 +305,7 @@ def test_memory_formats_are_those_of_the_plain_model(
         strides = {name: tensor.stride() for name, tensor in tensors.items()}
         found.append((strides, {innermost for _, innermost in SEEN}, set(GRADIENTS)))
     assert found[1] == found[0]
-    if images and weights:
+    if images and weights and device == "cpu":  # cuDNN chooses formats of its own
         assert found[0][1:] == ({True}, {True})
 
 

@@ -419,13 +419,33 @@ def _of_optional(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
     return y if isinstance(scale, float) else y * 2
 
 
-def test_what_is_not_known_while_tracing_is_refused() -> None:
-    with pytest.raises(
-        fxstream.TraceError, match=r"looks up getitem.*, which is known only at a call, in a dict or set"
-    ):
-        fxstream.convert(Trunk(_looked_up), 8)
-    with pytest.raises(fxstream.TraceError, match="asks for the type of scale, which is not known"):
-        fxstream.convert(Sizes(_of_optional), 8)
+def test_a_size_may_be_looked_up_and_the_type_of_an_optional_argument_asked_for() -> None:
+    assert_exact(Trunk(_looked_up), IMAGE, 8, whole=True)
+    assert_exact(Sizes(_of_optional), IMAGE, 8, whole=True)
+
+
+class Required(nn.Module):
+    def __init__(self, body: Callable[[torch.Tensor, Any], torch.Tensor]):
+        super().__init__()
+        self.conv, self.body = nn.Conv2d(3, 4, 3), body
+
+    def forward(self, x: torch.Tensor, scale: Any) -> torch.Tensor:
+        return self.body(self.conv(x), scale)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda y, scale: y if isinstance(scale, float) else y * 2, "asks for the type of scale, which is not known"),
+        (lambda y, scale: y * (3 if scale.shape[1] in {4: 1} else 5), "nothing is known of the argument 'scale'"),
+        (lambda y, scale: y if y.sum() > 0 else y * scale, "what is in a tensor is known only at a call"),
+        (lambda y, scale: y if y.requires_grad else y * scale, "'requires_grad' of a tensor is known only at a call"),
+        (lambda y, scale: y * scale * float(y.mean()), "what is in a tensor is known only at a call"),
+    ],
+)
+def test_what_is_not_known_while_tracing_is_refused(body: Callable[..., Any], message: str) -> None:
+    with pytest.raises(fxstream.TraceError, match=message):
+        fxstream.convert(Required(body), 8)
 
 
 # Names and classes.

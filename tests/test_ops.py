@@ -18,8 +18,14 @@ from zlib import crc32
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from einops.layers.torch import Rearrange, Reduce
 from reference import randomise
 from timm.layers import DropPath, drop_path
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import fx, nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
@@ -28,7 +34,7 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
 import fxstream
 from fxstream.geometry.axes import Value
 from fxstream.geometry.window import Sliding, Span
-from fxstream.graph.trace import trace
+from fxstream.graph.example import traced_with_example
 from fxstream.ops import Local, pointwise, register
 from fxstream.ops.border import fit
 from fxstream.ops.pool import INFINITE_IS_MAXIMUM
@@ -351,6 +357,25 @@ PAD_CASES = [
     _call(F.pad, (0, 0, 0, 0)),
 ]
 
+# TensorFlow's padding "SAME", which follows from the size of the image, as timm's layers have it.
+
+SAME_CASES = [
+    *(_call(pad_same, *geometry) for geometry in (((3, 3), (2, 2)), ((4, 2), (3, 1), (2, 3)), ((1, 2), (1, 2)))),
+    _call(pad_same, (3, 2), (2, 4), value=-1.5),
+    *(
+        _call(Conv2dSame(4, 2, kernel, stride, dilation=dilation))
+        for kernel, stride, dilation in product((1, 2, 5), (1, 2, 3), (1, 2))
+    ),
+    *(
+        _call(pool(kernel, stride, ceil_mode=ceil))
+        for pool, kernel, stride, ceil in product((MaxPool2dSame, AvgPool2dSame), (2, 3), (1, 2, 4), (False, True))
+    ),
+    _call(AvgPool2dSame(3, 2, count_include_pad=False)),
+    _call(StdConv2dSame(4, 2, 3, 2)),
+    _call(StdConv2dSame(4, 2, 3)),
+    _call(ScaledStdConv2dSame(4, 2, (3, 2), 2)),
+]
+
 # Resampling. In mode 'nearest', torch's own backward and forward disagree at some other scale factors.
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -375,6 +400,19 @@ def _resamplings() -> Iterator[Case]:
     for mode in ("bilinear", "bicubic"):
         yield _call(F.interpolate, scale_factor=0.5, mode=mode, antialias=True, axes="N")
     yield _call(F.interpolate, scale_factor=0.7, mode="area", axes="N", fixed=True)
+    for shape, scale in product(SHAPES.values(), (0.5, 0.3, 2.5)):
+        yield _call(F.interpolate, scale_factor=scale, mode="area", shape=shape, fixed=scale < 1)
+    yield _call(F.interpolate, (3, 11), mode="area")
+    yield _call(nn.Upsample((5, 4), mode="area"))
+    # An image that is one pixel wide is resampled wrongly by torch, which takes it for channels_last.
+    for mode, scale, corners in product(("bilinear", "bicubic"), (0.5, 0.3, (1.7, 1.0)), (False, True)):
+        options = {"mode": mode, "align_corners": corners, "antialias": True}
+        yield _call(F.interpolate, scale_factor=scale, shape=(3, 4, 13, 9), fixed=True, **options)
+    for mode, size in product(("bilinear", "bicubic"), ((4, 9), (1, 20), (13, 2))):
+        yield _call(F.interpolate, size, mode=mode, antialias=True, shape=(2, 2, 13, 9), fixed=True)
+    yield _call(
+        F.interpolate, scale_factor=0.4, mode="bicubic", antialias=True, recompute_scale_factor=True, fixed=True
+    )
     yield _call(F.interpolate, scale_factor=2.7, mode="bilinear", axes="N")
     yield _call(nn.Upsample(scale_factor=2))
     yield _call(nn.Upsample(size=(9, 4), mode="bicubic", align_corners=True))
@@ -620,6 +658,98 @@ SIZE_CASES = [
     ),
 ]
 
+# Tensors made of sizes and types of values: maps, coordinates, numbers.
+
+
+def _all_made(x: torch.Tensor) -> torch.Tensor:
+    """Every way to fill a map of a value's size."""
+    n, _, h, w = x.shape
+    like = {"dtype": x.dtype, "device": x.device}
+    new = [x.new_zeros(n, 1, h, w), x.new_ones((n, 1, h, w)), x.new_full((n, 1, h, w), 2.5)]
+    made = [torch.zeros((n, 1, h, w), **like), torch.ones(size=(n, 1, h, w), **like), torch.full((n, 1, h, w), 3.0)]
+    empty = [x.new_empty((n, 2, h, w)).fill_(0.5), torch.empty((n, 1, h, w), **like).fill_(0.25)]
+    return torch.cat([x, *new, *made, *empty], 1)
+
+
+def _coordinates(x: torch.Tensor) -> torch.Tensor:
+    n, _, h, w = x.shape
+    down = torch.linspace(-1, 1, h, dtype=x.dtype, device=x.device).view(1, 1, h, 1).expand(n, 1, h, w)
+    along = torch.arange(w, device=x.device).to(x)[None, None, None].repeat(n, 1, 1, 1)
+    return torch.cat([x, down, x * along / w], 1) + torch.logspace(0, 1, w).to(x.dtype)
+
+
+def _mesh(x: torch.Tensor) -> torch.Tensor:
+    down, along = torch.meshgrid(torch.arange(x.size(2)), torch.arange(x.size(3)), indexing="ij")
+    both = torch.stack([down, along]).unsqueeze(0).repeat(x.shape[0], 1, 1, 1).to(x.dtype)
+    return torch.cat([x, both / 10], 1)
+
+
+def _like_others(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    half = x.half()
+    typed = torch.ones(4, 1, 1).type_as(half) * torch.tensor([2.0], dtype=half.dtype)
+    return (
+        half * half.new_tensor(2.0) + torch.ones(1, dtype=half.dtype, device=half.device),
+        torch.where(x > 0, x, x.new_tensor(-1.5)) * x.new_tensor([1.0, 2.0, 3.0, 4.0]).view(1, -1, 1, 1),
+        x.to(half.dtype) + typed.exp(),
+        x.float().to(dtype=x.dtype),
+        torch.as_tensor(2.0, dtype=x.dtype) * x
+        + torch.asarray(1.0, dtype=x.dtype)
+        + torch.scalar_tensor(3, dtype=x.dtype),
+        x * torch.eye(x.size(0))[:, :1, None, None],
+    )
+
+
+MADE_CASES = [
+    *_named({"maps": _all_made, "coordinates": _coordinates, "a grid": _mesh, "types": _like_others}),
+    *(
+        Case(f"of a parameter and sizes: {label}", Token(make, 4, 1, 1))
+        for label, make in (
+            ("scaled", lambda t, x: t * x.shape[2]),
+            ("not a view", lambda t, x: (t * x.shape[3]).sigmoid().to(x * 2)),
+            ("a slice", lambda t, x: t[:, :, : x.shape[3]] * x.shape[1]),
+        )
+    ),
+]
+
+# einops.
+
+
+class Rearranged(nn.Module):
+    """Calls by a global name, which torch.fx records as such; lengths may follow from the sizes of the image."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        windows = rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=2, q=3)
+        rows = repeat(reduce(x, "b c h w -> b 1 h w", "mean"), "b 1 h w -> b k h w", k=x.shape[1])
+        return windows, x + rows
+
+
+LONG = (3, 4, 12, 6)
+EINOPS_CASES = [
+    *(
+        _call(function, pattern, shape=LONG, axes=axes, **options)
+        for function, pattern, axes, options in (
+            (rearrange, "b c (h p) (w q) -> b (c p q) h w", None, {"p": 2, "q": 3}),
+            (rearrange, "b (c p q) h w -> b c (h p) (w q)", None, {"p": 2, "q": 2}),
+            (rearrange, "b c (h p) w -> p b c h w", None, {"p": 2}),
+            (rearrange, "b (g c) h w -> (g b) c h w", "HW", {"g": 2}),
+            (rearrange, "b (g c) h w -> (b g) c h w", None, {"c": 2}),
+            (rearrange, "b c (h p) (w q) -> (b h w) c p q", "N", {"p": 2, "q": 3}),
+            (rearrange, "b c ... -> b ... c", None, {}),
+            (rearrange, "b c ... -> b c (...)", "N", {}),
+            (rearrange, "b c h w -> b () c h w 1", None, {}),
+            (reduce, "b c (h 2) (w 3) -> b c h w", None, {"reduction": "mean"}),
+            (reduce, "b (c d) h w -> b c h w", None, {"reduction": "max", "d": 2}),
+            (reduce, "b c h w -> b h w", None, {"reduction": "sum"}),
+            (reduce, "b c h w -> b c", "N", {"reduction": "prod"}),
+            (repeat, "b c h w -> b c (h 2) (w r)", None, {"r": 3}),
+            (repeat, "b c h w -> k (b n) c h w", None, {"k": 3, "n": 2}),
+        )
+    ),
+    _call(Rearrange("b c (h p) (w q) -> b (c p q) h w", p=2, q=3), shape=LONG),
+    _call(Reduce("b c (h p) (w q) -> b c h w", "min", p=2, q=3), shape=LONG),
+    Case("by a global name", Rearranged(), LONG, fixed=True),
+]
+
 # Values cut apart and joined.
 
 CHANNELS = [0, 1, 2, 3]  # picked, so that their number is known at conversion
@@ -669,6 +799,79 @@ INDEX_CASES = [
     *(_call(f, 1, 1) for f in (torch.roll, "roll")),
     _call("roll", (1, -2), dims=(1, 2), axes="NW"),
     _call(torch.roll, (3,), (-3,)),
+]
+
+# Writes by index. Each writes into a copy of the image, from the image itself or from a constant.
+
+
+class Written(nn.Module):
+    """The image times 1.5, into a part of which a value is written that is computed from the image or is given."""
+
+    def __init__(self, index: Any, value: Any):
+        super().__init__()
+        self.index, self.value = index, value
+        self.constant = nn.Parameter(value) if isinstance(value, torch.Tensor) else None
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        y = image * 1.5
+        index = self.index(y) if callable(self.index) else self.index
+        y[index] = (
+            self.constant if self.constant is not None else self.value(image) if callable(self.value) else self.value
+        )
+        return y
+
+
+ALL = slice(None)
+ROW = torch.linspace(0.5, 1.5, 4)
+WRITES: dict[str, tuple[Any, Any]] = {
+    "[:, 0] = number": ((ALL, 0), 0),
+    "[:, -1] = value": ((ALL, -1), lambda x: x[:, 1].sin()),
+    "[:, 1:3] = value": ((ALL, slice(1, 3)), lambda x: x[:, :2]),
+    "[:, 1:3] = one channel": ((ALL, slice(1, 3)), lambda x: x[:, :1]),
+    "[:, [2, 0]] = value": ((ALL, [2, 0]), lambda x: x[:, 1:3]),
+    "[:, tensor] = constant": ((ALL, torch.tensor([2, 1])), ROW[:2].view(2, 1, 1)),
+    "[:, mask of channels] = value": ((ALL, ROW > 1), lambda x: x[:, :2]),
+    "[:] = constant": (ALL, ROW.view(4, 1, 1)),
+    "[...] = constant": (Ellipsis, ROW[1]),
+    "[mask] = number": (lambda y: y < 0.1, 0),
+    "[mask] = constant": (lambda y: y > 0.3, ROW[0]),
+    "[constant mask] = number": (torch.arange(504).view(PLANE) % 3 == 0, -1.5),
+    "[mask of images and channels] = number": ((torch.arange(12) % 3 == 0).view(3, 4), 2),
+}
+PARTS: dict[str, tuple[Any, Any]] = {
+    "[:, :, 1:] = rows above": ((ALL, ALL, slice(1, None)), lambda x: x[:, :, :-1]),
+    "[:, :, :-1] = rows below": ((ALL, ALL, slice(None, -1)), lambda x: x[:, :, 1:]),
+    "[..., 1:-1, :-2] = shifted": ((Ellipsis, slice(1, -1), slice(None, -2)), lambda x: x[:, :, 1:-1, 2:]),
+    "[:, :, ::2] = value": ((ALL, ALL, slice(None, None, 2)), lambda x: x[:, :, ::2].exp()),
+    "[:, :, 2::3, 1::2] = value": (
+        (ALL, ALL, slice(2, None, 3), slice(1, None, 2)),
+        lambda x: x[:, :, 2::3, 1::2] * x[:, :, 1:-1:3, ::2][:, :, : x[:, :, 2::3].shape[2], : x.shape[3] // 2],
+    ),
+    "[:, 1, -3:] = number": ((ALL, 1, slice(-3, None)), 5.0),
+    "[1:] = value": (slice(1, None), lambda x: x[:-1]),
+    "[:, :, 2:4] = constant": ((ALL, ALL, slice(2, 4)), ROW.view(4, 1, 1)),
+    "[:, :, 0] = number": ((ALL, ALL, 0), 0),
+    "[..., -1] = constant": ((Ellipsis, -1), ROW.view(4, 1)),
+    "up to a size": (lambda y: (ALL, ALL, slice(None, y.shape[2] // 2)), 3.0),
+    "from a size": (
+        lambda y: (ALL, ALL, slice(y.shape[2] // 2, None)),
+        lambda x: x.sin()[:, :, x.shape[2] // 2 :],
+    ),
+    "at a size": (lambda y: (ALL, ALL, y.shape[2] // 2), 3.0),
+}
+WRITE_CASES = [
+    *(Case(f"write {label}", Written(*write)) for label, write in WRITES.items()),
+    *(Case(f"write {label}", Written(*write), trials=6, fixed=True) for label, write in PARTS.items()),
+    *_named(
+        {
+            "zero_": lambda x: (x * 2).zero_(),
+            "fill_": lambda x: (x * 2).fill_(1.5),
+            "copy_": lambda x: (x * 2).copy_(x[:, :1]),
+            "several rules": lambda x: torch.zeros_like(x).copy_(x).zero_() + x,
+        }
+    ),
+    Case("fill_ by a parameter", With(lambda x, p: (x * 2).fill_(p), torch.ones(()))),
+    Case("copy_ of a parameter", With(lambda x, p: (x * 2).copy_(p), torch.ones(4, 1, 1))),
 ]
 
 # Products, attention: along the batch, and along whatever they do not sum or attend over.
@@ -1124,13 +1327,17 @@ CASES = [
     *CONV_CASES,
     *POOL_CASES,
     *PAD_CASES,
+    *SAME_CASES,
     *RESAMPLING_CASES,
     *SHUFFLE_CASES,
     *NORM_CASES,
     *REDUCTION_CASES,
     *SHAPE_CASES,
     *SIZE_CASES,
+    *MADE_CASES,
+    *EINOPS_CASES,
     *INDEX_CASES,
+    *WRITE_CASES,
     *PRODUCT_CASES,
     *OTHER_CASES,
     *CAST_CASES,
@@ -1182,7 +1389,7 @@ def _reached(case: Case) -> Iterator[Any]:
         return
     if isinstance(case.op, nn.Module):
         case.op.eval()
-    traced = trace(_as_module(case.op, case.args, dict(case.kwargs)), {}, False)
+    traced = traced_with_example(_as_module(case.op, case.args, dict(case.kwargs)), None, None, freeze_batchnorm=False)
     for node in traced.graph.nodes:
         if not node.op.startswith("call"):
             continue

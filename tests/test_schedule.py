@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fxstream.geometry.grid import Grid, Index, Tile
 from fxstream.geometry.schedule import Axis, AxisGraph, SizeError, readers, schedule
-from fxstream.geometry.window import IDENTITY, Border, Sliding, Span, Transposed, Window
+from fxstream.geometry.window import IDENTITY, Border, Placed, Same, Sliding, Span, Transposed, Window
 
 Labels = npt.NDArray[np.int64]
 
@@ -63,8 +63,9 @@ def transposed(draw: st.DrawFn) -> Transposed:
 
 
 poolings = st.builds(Sliding, st.integers(1, 4), st.integers(1, 4), ceil_mode=st.booleans())
+same_paddings = st.builds(Same, st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
 any_window: st.SearchStrategy[Window] = st.one_of(
-    same_convolutions(), wild_windows(), poolings, transposed(), st.just(IDENTITY)
+    same_convolutions(), wild_windows(), poolings, transposed(), same_paddings, st.just(IDENTITY)
 )
 
 
@@ -81,6 +82,12 @@ def joining(draw: st.DrawFn, length: int, size: int) -> Window:
     kernel, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 2))
     margins = size - length + dilation * (kernel - 1)
     before = draw(st.integers(min(margins, 0), max(margins, 0)))
+    if length and draw(st.booleans()):
+        # Written into a longer value, where there is room.
+        step = draw(st.integers(1, 3))
+        start = draw(st.integers(0, 4))
+        if start + (length - 1) * step < size:
+            return Placed(start, step, length, size)
     border = draw(st.sampled_from([border for border in BORDERS if border != "reflect"]))
     return Sliding(kernel, 1, dilation, before, margins - before, border)
 

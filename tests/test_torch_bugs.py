@@ -71,6 +71,24 @@ def test_the_plain_gradient_of_an_instance_norm_is_still_wrong() -> None:
     assert not torch.allclose(found, same_values)
 
 
+def test_antialiasing_an_image_that_is_one_pixel_wide() -> None:
+    """torch takes such an image for channels_last, and reads other rows; as a part of a wider one, it is right."""
+    column = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    options: dict[str, Any] = {"mode": "bilinear", "antialias": True}
+    expected = F.interpolate(column.expand(-1, -1, -1, 2), size=(3, 2), **options)[..., :1]
+    assert expected.flatten().tolist() == [1.0, 1.5, 2.0]
+    model = Body(lambda m, x: F.interpolate(m.conv(x), size=(3, 1), **options), conv=nn.Conv2d(1, 1, 1))
+    nn.init.ones_(model.conv.weight)
+    nn.init.zeros_(model.conv.bias)
+    torch.testing.assert_close(fxstream.convert(model, 1)(column), expected)
+
+
+def test_plain_antialiasing_of_such_an_image_is_still_wrong() -> None:
+    """If this fails, torch has been mended, and test_ops.py may draw images of any width."""
+    column = torch.tensor([1.0, 2.0]).view(1, 1, 2, 1)
+    assert F.interpolate(column, size=(3, 1), mode="bilinear", antialias=True).flatten().tolist() != [1.0, 1.5, 2.0]
+
+
 @pytest.mark.parametrize("tile", [1, 3, (1, None, None, None)], ids=str)
 def test_the_gradient_of_a_batch_norm_with_statistics_that_are_not_contiguous(tile: Any) -> None:
     """torch reads these, and the weight, as if they were, where a block is channels_last or a single position."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from reference import assert_exact, handed_over
 from torch import nn
 
@@ -54,6 +55,11 @@ REDUCTIONS: dict[str, Operation] = {
     "AdaptiveMaxPool2d": nn.AdaptiveMaxPool2d(1),
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (1, 1)),
     "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, 1),
+    "avg_pool2d over the image": lambda x: F.avg_pool2d(x, x.shape[-2:]),
+    "max_pool2d over the image": lambda x: F.max_pool2d(x, kernel_size=x.size()[2:], stride=1),
+    "einops mean": lambda x: reduce(x, "b c h w -> b c", "mean"),
+    "einops max, keepdim": lambda x: reduce(x, "b c h w -> b c 1 1", "max"),
+    "einops sum of some": lambda x: reduce(x, "b c h w -> c", "sum"),
     "mean": lambda x: x.mean((2, 3)),
     "mean, keepdim": lambda x: torch.mean(x, [-1, -2], keepdim=True),
     "mean of all": lambda x: x.mean(),

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from reference import Body, assert_exact, pair
 from torch import nn
+from torch.nn.functional import celu
 
 import fxstream
+import fxstream.graph.trace
 from fxstream.testing import compare, head
 
 IMAGE = (2, 3, 13, 11)
@@ -29,7 +31,7 @@ def conv(**options: Any) -> nn.Conv2d:
 
 def converted_exactly(model: nn.Module) -> Any:
     """Without the copies that `assert_exact` makes: replaced methods would be those of the copied module."""
-    converted = fxstream.convert(model.double(), 4)
+    converted = fxstream.convert(model.double(), 4, prove=False)
     compare(model, converted, torch.randn(IMAGE))
     return converted
 
@@ -282,6 +284,18 @@ def test_noise_does_not_depend_on_the_default_device() -> None:
         assert torch.equal(converted(image), expected)
 
 
+class Imported(nn.Module):
+    """Calls a function that has been imported by its name, where it does not stream."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return celu(x.flatten(1))
+
+
+def test_a_function_of_torch_that_was_imported_by_its_name_does_not_spoil_later_conversions() -> None:
+    for _ in range(2):
+        converted_exactly(nn.Sequential(conv(), Imported()))
+
+
 # Tensors that forward makes or assigns.
 
 
@@ -312,8 +326,8 @@ def test_tensors_made_in_forward_are_constants_and_leave_no_attribute_behind() -
 
     model = Body(body, a=conv(), b=conv())
     attributes = set(vars(model))
-    assert_exact(model, IMAGE, 4, whole=True)
-    fxstream.convert(model, 4)
+    assert_exact(model, IMAGE, 4, whole=True, example_input=torch.zeros(IMAGE))
+    fxstream.convert(model, 4, example_input=torch.zeros(IMAGE))
     assert set(vars(model)) == attributes
 
 
@@ -371,3 +385,133 @@ def _in_the_head(m: Any, x: torch.Tensor) -> Any:
 def test_a_region_in_the_forward_of_the_model_itself_is_refused(body: Any, region: str) -> None:
     with pytest.raises(fxstream.TraceError, match=r"Body\.forward: it computes inside torch\.no_grad"):
         fxstream.convert(Body(body, a=conv(), b=conv(), region=region), 4)
+
+
+# Modules that cannot be traced.
+
+
+class Branching(nn.Module):
+    """Branches on a number that only a call knows."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner or nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * (2 if bool(x.sum() > 0) else 3)
+
+
+class Noting(nn.Module):
+    """Assigns an attribute."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = x.mean()
+        return x * 2
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models that have been traced, one entry per trace."""
+    found: list[nn.Module] = []
+    original = fxstream.graph.trace._Tracer.trace
+
+    def counted(self: Any, root: nn.Module, *args: Any) -> Any:
+        found.append(root)
+        return original(self, root, *args)
+
+    monkeypatch.setattr(fxstream.graph.trace._Tracer, "trace", counted)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_however_many_modules_cannot_be_traced_the_model_is_traced_twice(count: int, traces: list[nn.Module]) -> None:
+    layers = [layer for _ in range(count) for layer in (Branching(), Noting(), nn.Sequential(Branching(Noting())))]
+    converted = converted_exactly(nn.Sequential(conv(), *layers, conv()))
+    assert len(traces) == (2 if count else 1)
+    assert len(head(converted)) == (3 * count + 1 if count else 0)
+
+
+def test_what_a_module_does_before_it_fails_is_not_charged_to_others() -> None:
+    """They would otherwise not be traced through, either."""
+    seen: list[Any] = []
+
+    class Telling(Branching):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.owner[0].calls += 1
+            self.seen.append(x)
+            torch.rand(1)
+            torch.set_grad_enabled(False)
+            return super().forward(x)
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.inner, self.last = conv(), Telling(), conv()
+            self.inner.owner, self.inner.seen = [self], seen
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.inner(self.conv(x)))
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.seen = Counting(), seen
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            if not self.seen:
+                return y
+            raise ValueError
+
+    model = nn.Sequential(Asking(), nn.ReLU())
+    state = torch.get_rng_state()
+    with pytest.warns(fxstream.StreamingWarning, match=r"0\.inner\.inner is one opaque call"):
+        converted = fxstream.convert(model, 4, prove=False)
+    assert head(converted) == ["_0_inner_inner", "_0_inner_last", "_1"]
+    assert not seen
+    assert model[0].inner.calls == 0
+    assert torch.is_grad_enabled()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_a_module_changes_in_one_that_then_fails_is_not_lost() -> None:
+    class Setting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Branching()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.inner.slope = x.mean()
+            return self.inner(x)
+
+    (stop,) = fxstream.analyze(nn.Sequential(conv(), Setting())).stops
+    assert stop.reason.startswith("1 is one opaque call: torch.fx cannot trace it: its forward assigns attributes")
+
+
+def test_the_model_is_not_searched_for_every_parameter_that_a_forward_reads() -> None:
+    searches = []
+
+    class Searched(nn.Sequential):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            searches.append(self)
+            return super().named_parameters(*args, **kwargs)
+
+    def found(count: int) -> int:
+        searches.clear()
+        layers = (Body(lambda m, x: F.conv2d(x, m.a.weight, m.a.bias, padding=1), a=conv()) for _ in range(count))
+        assert not head(fxstream.convert(Searched(*layers), 4))
+        return len(searches)
+
+    assert found(12) == found(1)
+
+
+def test_a_forward_that_adds_a_submodule_is_named_by_what_it_does() -> None:
+    class Growing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.part = nn.ReLU()
+            return x * 2
+
+    (stop,) = fxstream.analyze(nn.Sequential(conv(), Growing())).stops
+    assert stop.reason.startswith("1 is one opaque call: torch.fx cannot trace it: its forward assigns attributes (")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxstream.geometry.window import IDENTITY, Border, Sliding, Span
+from fxstream.geometry.window import IDENTITY, Border, Placed, Same, Sliding, Span
 
 BORDERS: tuple[Border, ...] = ("zeros", "reflect", "replicate")
 TORCH_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
@@ -152,6 +152,45 @@ def test_a_crop_is_a_slice(start: int, cut: int, step: int, length: int) -> None
     for row, expected in enumerate(rows):
         span = window.span(row, row + 1, length)
         assert range(length)[span.lo : span.hi] == range(expected, expected + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(start=st.integers(0, 9), step=st.integers(1, 5), count=st.integers(1, 6), spare=st.integers(0, 5))
+def test_rows_that_are_placed_are_read_where_they_are_written(start: int, step: int, count: int, spare: int) -> None:
+    target = start + (count - 1) * step + 1 + spare
+    window = Placed(start, step, count, target)
+    written = [[row for row in range(count) if start + row * step == place] for place in range(target)]
+    assert window.size(count) == target
+    for first in range(target):
+        for stop in range(first + 1, target + 1):
+            span = window.span(first, stop, count)
+            wanted = [row for rows in written[first:stop] for row in rows]
+            assert 0 <= span.lo < span.hi <= count, "nothing runs on an empty block"
+            assert all(span.lo <= row < span.hi for row in wanted)
+    spans = [window.span(place, place + 1, count) for place in range(target)]
+    assert [span.lo for span in spans] == sorted(span.lo for span in spans)
+    assert [span.hi for span in spans] == sorted(span.hi for span in spans)
+    assert all(span.hi - span.lo == 1 for span in spans)
+    with pytest.raises(ValueError, match=f"{count + 1} rows are written in the place of {count}"):
+        window.size(count + 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(kernel=st.integers(1, 5), step=st.integers(1, 5), dilation=st.integers(1, 3), length=st.integers(1, 40))
+def test_same_padding_is_the_least_one_with_a_row_for_every_step(
+    kernel: int, step: int, dilation: int, length: int
+) -> None:
+    window = Same(kernel, step, dilation)
+    before, after = window.at(length).before, window.at(length).after
+    follower = Sliding(kernel, step, dilation)
+    count = -(-length // step)
+    assert window.size(length) == length + before + after
+    # Where the kernel is smaller than the step, more rows than are needed may be there already.
+    assert follower.size(window.size(length)) == count
+    assert 0 <= after - before <= 1
+    assert before + after == 0 or window.size(length) == (count - 1) * step + follower.extent
+    # The receptive field holds for every length.
+    assert window.before - window.extent + 1 <= before <= window.before
 
 
 def test_reflect_padding_must_be_smaller_than_the_image() -> None:

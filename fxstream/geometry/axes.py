@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .window import IDENTITY, Window
 
@@ -100,6 +100,8 @@ class Value:
     dims: tuple[Dim, ...]
     index: int = -1
     """Its number among the values of the streamed part; set by whoever asks the rules."""
+    like: Any = None
+    """A tensor of its dtype and device, if they are known: those of the image are, at a call."""
 
     @property
     def rank(self) -> int:

@@ -213,4 +213,87 @@ class Table(Window):
         return Span(0, self.size(length), 0, length, (0, 0), (0, 0), length)
 
 
+@dataclass(frozen=True)
+class Same(Window):
+    """TensorFlow's padding "SAME", in front of a convolution or pooling that has a `kernel` and moves by `step` rows.
+
+    It is the least padding with which there is one output row for every `step` rows, the last of which may be
+    incomplete. So it follows from the number of rows. An odd row of padding goes behind the image.
+    """
+
+    kernel: int
+    step: int
+    dilation: int = 1
+
+    stride = 1
+
+    @property
+    def extent(self) -> int:  # type: ignore[override]  # derived here, a plain attribute elsewhere
+        # A bound for all lengths, as `before` is.
+        return 1 + self.before - max(self._reach - self.step, 0) // 2
+
+    @property
+    def before(self) -> int:  # type: ignore[override]
+        return (self._reach - 1) // 2
+
+    @property
+    def _reach(self) -> int:
+        """Rows under the kernel, from the first to the last."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    def at(self, length: int) -> Sliding:
+        """The window for `length` rows."""
+        total = max((-(-length // self.step) - 1) * self.step + self._reach - length, 0)
+        return Sliding(before=total // 2, after=total - total // 2)
+
+    def size(self, length: int) -> int:
+        return self.at(length).size(length)
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        return self.at(length).span(start, stop, length)
+
+    def whole(self, length: int) -> Span:
+        return self.at(length).whole(length)
+
+
+@dataclass(frozen=True)
+class Placed(Window):
+    """The window of rows that are written into a longer value: row `start + i * step` of `target` rows is row `i`.
+
+    The other rows of the result read none of them.
+    """
+
+    start: int
+    step: int
+    count: int | None
+    """The number of rows that are written; None before a call."""
+    target: int | None
+    """The number of rows of the result; None before a call."""
+
+    extent = 1
+
+    @property
+    def stride(self) -> int | None:  # type: ignore[override]  # derived here, a plain attribute elsewhere
+        return 1 if self.step == 1 else None
+
+    @property
+    def before(self) -> int:  # type: ignore[override]
+        return self.start
+
+    def size(self, length: int) -> int:
+        if self.target is None or length != self.count:
+            raise ValueError(f"{length} rows are written in the place of {self.count}")
+        return self.target
+
+    def span(self, start: int, stop: int, length: int) -> Span:
+        # Rows in a gap, before or behind the written ones get the nearest row before them: never an empty block.
+        first = (start - self.start) // self.step
+        last = (stop - 1 - self.start) // self.step + 1
+        lo, hi = min(max(first, 0), length - 1), max(min(last, length), 1)
+        return Span(start, stop, lo, hi, (0, 0), (0, 0), length)
+
+    def whole(self, length: int) -> Span:
+        return Span(0, self.size(length), 0, length, (0, 0), (0, 0), length)
+
+
 IDENTITY = Sliding()

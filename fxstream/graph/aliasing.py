@@ -9,6 +9,7 @@ operations must therefore need the same version of them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
@@ -94,6 +95,12 @@ class Aliasing:
             return NotLocal("overwrites the image in place", _WAY_OUT)
         read = set(map(self.latest, node.all_input_nodes))
         for other in self._sharing(target):
+            if (
+                self._writes_back(node, target, other)
+                or self._is_written_back(node, target, other)
+                or self._is_apart(node, target, other)
+            ):
+                continue
             if other in read:
                 return NotLocal(f"overwrites memory that {label(other)}, which it reads as well, may share", _WAY_OUT)
             if self._read_after(node, other):
@@ -117,12 +124,37 @@ class Aliasing:
         for source in sources:
             bases = self._union([source], ())
             self._written_by_head.update(bases)
-            sharing = {source, *self._sharing(source)}
-            members = {member for member in sharing if streamed(member)}
-            several = len(members) > 1 and any(self._read_after(node, member) for member in sharing)
+            others = self._sharing(source)
+            members = {member for member in (source, *others) if streamed(member)}
+            several = len(members) > 1 and any(self._read_from(node, other) for other in others)
             if members and (several or self._image in bases):
                 return max(members, key=self._order.__getitem__)
         return None
+
+    def _is_written_back(self, node: fx.Node, target: fx.Node, whole: fx.Node) -> bool:
+        """Whether the next reader of `whole` writes the result of `node` there, where its `target` has been taken from.
+
+        So Python evaluates `x[:, 0] += 1`: it reads a part of `x`, overwrites it, and writes it into `x`.
+        """
+        later = [user for user in self._readers(whole) if self._order[user] > self._order[node]]
+        following = min(later, key=self._order.__getitem__, default=None)
+        return following is not None and _is_part(target, following) and following.args[2] is node
+
+    def _writes_back(self, node: fx.Node, target: fx.Node, part: fx.Node) -> bool:
+        """Whether `node` writes `part`, a part of `target` that was overwritten, where it has been taken from.
+
+        In the plain model this changes nothing, since the two share memory.
+        """
+        parts = (old for old, new in self._latest.items() if new is part)
+        return any(_is_part(old, node) and self._bases[old] == self._bases[target] for old in parts)
+
+    def _is_apart(self, node: fx.Node, target: fx.Node, other: fx.Node) -> bool:
+        """Whether `node` overwrites a part of a value and `other` is another one, such as two different channels."""
+        written = node if node.target is operator.setitem else target
+        if written.target not in (operator.getitem, operator.setitem) or other.target is not operator.getitem:
+            return False
+        (whole, index), (same, taken) = written.args[:2], other.args
+        return self.latest(whole) is self.latest(same) and _differ(index, taken)  # type: ignore[arg-type]  # nodes
 
     def _sharing(self, node: fx.Node) -> set[fx.Node]:
         """The other values, in their latest version, that may share the memory of `node`."""
@@ -137,6 +169,28 @@ class Aliasing:
         for value in (node, *(old for old, new in self._latest.items() if new is node)):
             yield from value.users
 
+    def _read_from(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether `value` is read by `node` or after it."""
+        return node in self._readers(value) or self._read_after(node, value)
+
     def _read_after(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether `value` is read after `node` has run."""
         return any(self._order[user] > self._order[node] for user in self._readers(value))
+
+
+def _is_part(part: fx.Node, write: fx.Node) -> bool:
+    """Whether `part` is what `write`, a write by index, overwrites."""
+    return part.target is operator.getitem and write.target is operator.setitem and part.args == write.args[:2]
+
+
+def _differ(index: object, other: object) -> bool:
+    """Whether two indices have different integers at the same place, so that no element has both."""
+    pairs = zip(*(given if isinstance(given, tuple) else (given,) for given in (index, other)), strict=False)
+    for one, two in pairs:
+        if one is Ellipsis or two is Ellipsis or one is None or two is None:
+            return False
+        if type(one) is int and type(two) is int and one != two and (one < 0) == (two < 0):
+            return True
+        if not isinstance(one, (int, slice)) or not isinstance(two, (int, slice)):
+            return False
+    return False

@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ImageTooSmallError
 from ..geometry.axes import Symbol, Value
-from ..ops import Answer, Fact, Local, NotLocal, Rule, Total, Unknown, inplace
-from .nodes import label, leaves, operation, rule_of
+from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace
+from ..ops.derived import derived
+from .nodes import label, leaves, operation, overwrites, rule_of
 from .regions import answer_in_region
 
 
@@ -88,8 +89,10 @@ def answer(
         return Fact(args[0][args[1]])
     rule = rule_of(node, module)
     found = leaves((args, kwargs))
-    expands = rule is not None and rule.takes_sizes and any(isinstance(leaf, (torch.Tensor, Unknown)) for leaf in found)
-    if not expands and not any(isinstance(leaf, Value) for leaf in found):
+    if not any(isinstance(leaf, Value) for leaf in found) and (rule is None or not rule.takes_sizes):
+        made = any(isinstance(leaf, (torch.Tensor, Typed, Pending)) for leaf in found)
+        if made and module is None and rule is not None and _is_repeatable(rule) and not overwrites(node, None):
+            return derived(_called(node), args, kwargs)
         return _of_sizes(node, args, kwargs, found)
     if rule is None:
         return NotLocal(f"has no streaming rule ({operation(node, module)})")
@@ -103,6 +106,21 @@ def answer(
         return answer_in_region(node, rule(*args, **kwargs))
     except ValueError as error:
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
+
+
+def _is_repeatable(rule: Rule) -> bool:
+    """Whether an operation does the same every time: one of ours that draws no random numbers."""
+    function = getattr(rule.function, "func", rule.function)  # of a partial
+    ours, _, family = function.__module__.rpartition(".")
+    return ours == Rule.__module__.rpartition(".")[0] and family != "dropout"
+
+
+def _called(node: fx.Node) -> Callable[..., Any]:
+    """What a node calls, as a function."""
+    if node.op == "call_function":
+        assert callable(node.target)
+        return node.target
+    return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
 
 
 def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Any]) -> Answer:

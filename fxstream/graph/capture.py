@@ -16,7 +16,9 @@ What is known of the values, their shapes, dtypes and sizes, goes into `Trace.kn
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +36,10 @@ _RENAMED = {getattr(operator, name): function for name, function in inplace.FUNC
 _RENAMED[torch._C._nn.pad] = F.pad
 _RESHAPING = ("view", "reshape", torch.reshape)
 _EXPANDING = ("expand", "broadcast_to", torch.broadcast_to)
+_REGISTRIES = ("__dict__", "_modules", "_parameters", "_buffers")
 _TRAINING = 5
 """The position of `training` among the arguments of `F.batch_norm`."""
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _HARMLESS = (torch._C._log_api_usage_once,)
 """Functions that neither take nor return tensors, and that have no effect on other operations."""
 _RESUMED = "torch_dynamo_resume_in_"
@@ -46,13 +50,27 @@ class UncapturedError(Exception):
     """A graph does something whose effect on other nodes is not known, so that it must run as it is."""
 
 
-def read(captured: fx.GraphModule, image: fx.Node, freeze_batchnorm: bool) -> tuple[Trace, fx.Node]:
-    """The trace of a captured graph, and the image in it. Raises UncapturedError."""
-    reader = _Reader(captured, image, freeze_batchnorm)
+@dataclass
+class Capture:
+    """A captured graph, as the analysis takes it."""
+
+    trace: Trace
+    image: fx.Node
+    checkpoints: dict[str, set[fx.Node]]
+    """Name of a call of `torch.utils.checkpoint` in the captured graph -> the nodes of what it calls."""
+
+
+def read(captured: fx.GraphModule, image: fx.Node, freeze_batchnorm: bool, kept: Collection[str] = ()) -> Capture:
+    """Read a captured graph. Raises UncapturedError.
+
+    Calls of `torch.utils.checkpoint` are opened, except those whose names are in `kept`: what streams is computed again
+    in the backward pass in any case.
+    """
+    reader = _Reader(captured, image, freeze_batchnorm, kept)
     for node in captured.graph.nodes:
         reader.read(node)
     trace = Trace(captured, reader.graph, Assumptions({}, {}, ()), set(), {}, {}, reader.known)
-    return trace, reader.new[image]
+    return Capture(trace, reader.new[image], reader.checkpoints)
 
 
 def maps(graph: fx.Graph) -> dict[str, fx.Node]:
@@ -77,9 +95,13 @@ def input_names(graph: fx.Graph) -> list[str]:
 
 
 def input_name(node: fx.Node) -> str:
-    """What a placeholder is called in the user's code."""
+    """What a placeholder is called in the user's code; a parameter or buffer, by its path in the module."""
     source = _source(node)
-    return str(node.target) if source is None else _written(source)
+    if source is None:
+        return str(node.target)
+    if not _of_module(node):
+        return _written(source)
+    return ".".join(str(key) for key in list(_keys(source))[1:] if key not in _REGISTRIES)
 
 
 def is_resumed(graph: fx.Graph) -> bool:
@@ -108,27 +130,45 @@ def _of_module(node: fx.Node) -> bool:
     return False
 
 
+def _keys(source: Any) -> Iterator[Any]:
+    """A variable, and the attributes and indices by which a value is found from there."""
+    if hasattr(source, "base"):
+        yield from _keys(source.base)
+    for name in ("local_name", "global_name", "member", "index"):
+        if hasattr(source, name):
+            yield getattr(source, name)
+
+
 def _written(source: Any) -> str:
     """A source as an expression in the user's code."""
-    if hasattr(source, "local_name"):
-        return str(source.local_name)
-    if hasattr(source, "global_name"):
-        return str(source.global_name)
     if not hasattr(source, "base"):
-        return type(source).__name__
+        return str(next(_keys(source), type(source).__name__))
     base = _written(source.base)
     if hasattr(source, "member"):
         return f"{base}.{source.member}"
     return f"{base}[{source.index!r}]" if hasattr(source, "index") else base
 
 
+def _identifier(node: fx.Node) -> str:
+    """The name of a placeholder: that in the user's code as far as it can be a name of Python's."""
+    name = "_".join(re.findall(r"\w+", input_name(node)))
+    return name if name.isidentifier() and not _is_number(node) else node.name
+
+
+def _is_number(node: fx.Node) -> bool:
+    return not isinstance(_example(node), torch.Tensor)
+
+
 class _Reader:
     """Copies a captured graph, node by node."""
 
-    def __init__(self, captured: fx.GraphModule, image: fx.Node, freeze_batchnorm: bool):
+    def __init__(self, captured: fx.GraphModule, image: fx.Node, freeze_batchnorm: bool, kept: Collection[str]):
+        self.captured = captured
+        self.kept = kept
+        self.checkpoints: dict[str, set[fx.Node]] = {}
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
-        """A node of the captured graph -> its copy; or a tuple of sizes."""
+        """A node of the captured graph -> its copy; or a tuple of copies."""
         self.known: dict[fx.Node, Any] = {}
         self.switches = Switches(torch.is_grad_enabled())
         self.image = image
@@ -142,11 +182,18 @@ class _Reader:
             return
         if not self.depending.isdisjoint(node.all_input_nodes):
             self.depending.add(node)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.new.__getitem__)
+        read: Any = fx.node.map_arg((node.args, dict(node.kwargs)), self.new.__getitem__)
+        args, kwargs = read
         if node.target is torch.Size:
             self.new[node] = tuple(args[0]) if args else ()
             return
-        if node.op.startswith("call") and _example(node) is None and not _tensors_of(node):
+        if node.target is operator.getitem and isinstance(args[0], tuple) and isinstance(args[1], int):
+            self.new[node] = args[0][args[1]]
+            return
+        if node.target is _CHECKPOINT and node.name not in self.kept:
+            self._open(node)
+            return
+        if node.op.startswith("call") and _example(node) is None and not _reads_tensors(node):
             if node.target in _HARMLESS:
                 return
             raise UncapturedError(f"{node.name} may change what the operations behind it do")
@@ -155,7 +202,28 @@ class _Reader:
         if self.freeze_batchnorm and node.target is F.batch_norm:
             args, kwargs = _frozen(args, kwargs)
         target = _RENAMED.get(node.target, node.target) if node.op == "call_function" else node.target
-        self._add(node, self.graph.create_node(node.op, target, args, kwargs, node.name))
+        name = node.name
+        if node.op == "placeholder":
+            name = target = _identifier(node)
+        self._add(node, self.graph.create_node(node.op, target, args, kwargs, name))
+
+    def _open(self, node: fx.Node) -> None:
+        """Copy what a call of `torch.utils.checkpoint` calls, in place of the call."""
+        function, *given = node.args
+        assert isinstance(function, fx.Node)
+        body = self.captured.get_submodule(str(function.target))
+        assert isinstance(body, fx.GraphModule)
+        before = set(self.graph.nodes)
+        for inner, outer in zip(body.graph.find_nodes(op="placeholder"), given, strict=True):
+            self.new[inner] = fx.node.map_arg(outer, self.new.__getitem__)
+            if outer in self.depending:
+                self.depending.add(inner)
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                self.new[node] = fx.node.map_arg(inner.args[0], self.new.__getitem__)
+            elif inner.op != "placeholder":
+                self.read(inner)
+        self.checkpoints[node.name] = set(self.graph.nodes) - before
 
     def _add(self, node: fx.Node, new: fx.Node) -> None:
         self.new[node] = new
@@ -234,7 +302,7 @@ def _known(name: str, value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else Unknown(name)
 
 
-def _tensors_of(node: fx.Node) -> bool:
+def _reads_tensors(node: fx.Node) -> bool:
     """Whether a node reads tensors, and not sizes alone."""
     return any(isinstance(_example(source), torch.Tensor) for source in node.all_input_nodes)
 
@@ -290,5 +358,3 @@ def image_among(captured: fx.GraphModule, name: str | None) -> fx.Node | None:
     if len(found) > 1:
         raise UncapturedError(f"several inputs may be the image ({', '.join(found)}). Way out: name one in image=")
     return next(iter(found.values()), None)
-
-

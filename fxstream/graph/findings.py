@@ -16,7 +16,7 @@ from .aliasing import Aliasing
 from .answers import Watching, answer, complaint, define, locals_of
 from .constants import Constants
 from .hooks import has_hooks
-from .nodes import label, leaves, operation, overwrites, spatial_axes
+from .nodes import is_new, is_own_code, label, leaves, operation, overwrites
 from .trace import Trace
 
 Status = Literal["image", "constant", "size", "local", "total", "stop", "head"]
@@ -155,9 +155,10 @@ class _Walk:
         elif finding.status == "total":
             self.aliasing.add(node, ())
         elif finding.status != "image" and not self.constants.is_number(node):
-            # Without a rule that says otherwise, its result may be a view of anything that it reads.
-            slides = spatial_axes(node, self.trace.module_of(node)) is not None
-            shares = () if slides else map(self.aliasing.latest, node.all_input_nodes)
+            # It may be a view of anything that it reads. A constant counts as one even if it is not, since a write into
+            # what it reads must come before or after it.
+            new = finding.in_head and node.op != "output" and is_new(node, self.trace.module_of(node))
+            shares = () if new else map(self.aliasing.latest, node.all_input_nodes)
             self.aliasing.add(node, shares, [str(node.target)] if node.op == "get_attr" else self._state(node))
         return finding
 
@@ -206,7 +207,7 @@ class _Walk:
             status: Status = "local" if of_values else "size"
             return Finding(node, status, name, found, reads=reads, windows=self._windows(node, found))
         if node.op != "output" and overwrites(node, module):
-            self._write(node, sources)
+            self._write(node, sources, found)
         return Finding(node, "head" if found is None else "stop", name, problem=found, reads=reads)
 
     def _ends(self, node: fx.Node) -> bool:
@@ -258,12 +259,18 @@ class _Walk:
                     windows[source] = {axis: local.window(value, axis) for axis in self.axes}
         return windows
 
-    def _write(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        """Note that a node of the head may overwrite what it reads."""
+    def _write(self, node: fx.Node, sources: list[fx.Node], problem: NotLocal | None) -> None:
+        """Note that a node of the head, which is not local for this reason if it is the first, may overwrite what it
+        reads."""
         shared = self.aliasing.write_in_head(node, sources, lambda source: self.found[source].status == "local")
-        if shared is not None and self.conflict is None:
-            problem = NotLocal(f"shares memory that {label(node)}, which is not streamed, overwrites")
-            self.conflict = (shared, problem)
+        if shared is None or self.conflict is not None:
+            return
+        if not is_own_code(node, self.trace.module_of(node)):
+            self.conflict = shared, NotLocal(f"shares memory that {label(node)}, which is not streamed, overwrites")
+            return
+        problem = problem or self.trace.opaque.get(str(node.target)) or NotLocal("has no streaming rule")
+        reason = f"shares memory that {label(node)} might overwrite, of whose code nothing is known: {label(node)} "
+        self.conflict = shared, replace(problem, reason=reason + problem.reason)
 
 
 def _tensor_names(path: str, module: nn.Module) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 
 import networkx as nx
-import torch
 from torch import fx
 
 from ..errors import StreamingError, TileShapeError
 from ..geometry.axes import axis_names
 from ..ops import NotLocal
+from .arguments import Form
 from .findings import STREAMED, Finding, crossing, find, image_sizes
 from .nodes import modules_around, spatial_axes
 from .receptive_field import receptive_field
@@ -30,7 +30,8 @@ def find_prefix(
         bypassed = prefix.bypassed()
         if not bypassed:
             return prefix
-        traced = trace(traced.root, traced.opaque | bypassed, freeze_batchnorm)
+        arguments = traced.assumptions.given.forms
+        traced = trace(traced.root, arguments, traced.opaque | bypassed, freeze_batchnorm)
         image = image_node(traced.graph, str(image.target))
 
 
@@ -103,24 +104,23 @@ def image_node(graph: fx.Graph, name: str | None) -> fx.Node:
     raise StreamingError(f"image={name!r} is not an argument of the model's forward ({known})")
 
 
-def image_names(trace: Trace, example_input: torch.Tensor | None) -> tuple[str, ...]:
+def image_names(trace: Trace, image: str | None) -> tuple[str, ...]:
     """Names of the image's dimensions, such as ("N", "C", "H", "W").
 
-    The number of spatial axes is that of the first operation that is made for one, otherwise that of `example_input`.
-    Raises TileShapeError if neither tells it.
+    The number of spatial axes is that of the first operation that is made for one, otherwise that of the example with
+    which the model was traced. Raises TileShapeError if neither tells it.
     """
     for node in trace.graph.nodes:
         if (axes := spatial_axes(node, trace.module_of(node))) is not None:
             return axis_names(axes)
-    if example_input is None:
+    form = trace.assumptions.given.form_of(str(image_node(trace.graph, image).target))
+    if not isinstance(form, Form):
         raise TileShapeError(
             "the model does not tell how many spatial axes its image has. Way out: give an example_input"
         )
-    if not 3 <= example_input.dim() <= 5:
-        raise TileShapeError(
-            f"example_input has {example_input.dim()} dimensions; an image has 3 to 5: (N, C, *spatial)"
-        )
-    return axis_names(example_input.dim() - 2)
+    if not 3 <= len(form.shape) <= 5:
+        raise TileShapeError(f"example_input has {len(form.shape)} dimensions; an image has 3 to 5: (N, C, *spatial)")
+    return axis_names(len(form.shape) - 2)
 
 
 def _outputs(findings: list[Finding]) -> list[fx.Node]:

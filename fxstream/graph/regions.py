@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.amp import autocast_mode
 
 from ..ops import Answer, Fact, Local, NotLocal
 
 _KEY = "region"
 """The region of a node, in its `meta`."""
 _SET_GRAD = torch._C._set_grad_enabled
-_ENTER_AUTOCAST = torch.amp._enter_autocast
-_EXIT_AUTOCAST = torch.amp._exit_autocast
+_ENTER_AUTOCAST = autocast_mode._enter_autocast
+_EXIT_AUTOCAST = autocast_mode._exit_autocast
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,15 @@ def answer_in_region(node: fx.Node, found: Answer) -> Answer:
     if region is None:
         return found
     if not isinstance(found, tuple):
-        return _in_region(region, found)
+        single: Answer = _in_region(region, found)
+        return single
     parts = [_in_region(region, part) for part in found]
     problems = [part for part in parts if isinstance(part, NotLocal)]
     kind: Any = type(found)
-    return problems[0] if problems else kind(*parts) if hasattr(found, "_fields") else tuple(parts)  # type: ignore[arg-type]  # no problems
+    several: Answer = kind(*parts) if hasattr(found, "_fields") else tuple(parts)
+    if problems:
+        return problems[0]
+    return several
 
 
 def _in_region(region: Region, found: Any) -> Any:

@@ -6,7 +6,7 @@ import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Snapshot:
         found: list[str] = []
         for module in modules:
             computed = computed_weights(module)
-            for name, thing in self._held_by[module]:
+            for name, thing in self._held_by.get(module, ()):  # none for a module that forward has made
                 found += (part for part in self._differing(name, thing) if part not in computed)
         return sorted(found)
 
@@ -68,9 +68,24 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        for thing, contents in self._contents.values():
-            if not _same(_contents(thing), contents):
-                _fill(thing, contents)
+        for thing, _ in self._contents.values():
+            self._restore(thing)
+
+    def restore_reached(self, modules: Iterable[nn.Module]) -> None:
+        """Put back what some modules hold, and what is reached from them, even if other modules hold it, too."""
+        waiting: deque[Any] = deque(modules)
+        seen: set[int] = set()
+        while waiting:
+            thing = waiting.popleft()
+            if id(thing) in self._contents and id(thing) not in seen:
+                seen.add(id(thing))
+                self._restore(thing)
+                waiting.extend(part for _, part in _watched("", thing))
+
+    def _restore(self, thing: Any) -> None:
+        _, contents = self._contents[id(thing)]
+        if not _same(_contents(thing), contents):
+            _fill(thing, contents)
 
 
 class RandomState:
@@ -84,14 +99,17 @@ class RandomState:
 
     def has_changed(self) -> bool:
         """Whether anything has been drawn since."""
-        now = RandomState()
-        tensors = zip([now._torch, *now._cuda], [self._torch, *self._cuda], strict=False)
-        if not all(torch.equal(one, other) for one, other in tensors) or now._python != self._python:
+        return self.differs_from(RandomState())
+
+    def differs_from(self, other: RandomState) -> bool:
+        """Whether the next random numbers are others."""
+        tensors = zip([self._torch, *self._cuda], [other._torch, *other._cuda], strict=False)
+        if not all(torch.equal(one, another) for one, another in tensors) or self._python != other._python:
             return True
-        if self._numpy is None:
+        if self._numpy is None or other._numpy is None:
             return False
-        (_, keys, position, *_), (_, old_keys, old_position, *_) = now._numpy, self._numpy
-        return bool(position != old_position or (keys != old_keys).any())
+        (_, keys, position, *_), (_, other_keys, other_position, *_) = self._numpy, other._numpy
+        return bool(position != other_position or (keys != other_keys).any())
 
     def restore(self) -> None:
         """Put the generators back."""

@@ -1,24 +1,25 @@
 """Tracing: from a model to an fx graph that says all that the model's forward does.
 
-Three things differ from `torch.fx.symbolic_trace`.
+Four things differ from `torch.fx.symbolic_trace`.
 
 - In-place operators (`x += y`) are recorded as such, instead of as their out-of-place twins.
 - A module's `training` flag is recorded as a `get_attr`, so that it is read at every call. Where the flag decides the
   control flow, the decision becomes one of the graph's `Assumptions`.
+- What an example of its arguments tells is answered, if the forward asks: see `facts`. `Given` holds what was asked.
 - A module stays one call if it is an operation with a rule, has hooks, cannot be traced, or does something that a graph
   does not record: assign attributes, or open a region of `torch.no_grad` or `torch.autocast`.
 """
 
 from __future__ import annotations
 
-import sys
+import copy
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import TraceError
 from ..ops import NotLocal, functions, has_own_methods, rule_for
+from .arguments import Given, Parameters, Slot, is_constant, surroundings
 from .attributes import Held, held
+from .facts import Facts, UnknownFactError
 from .hooks import computed_weights, has_hooks
-from .proxy import Kind, RecordingProxy, UnrecordedError, answered_isinstance, kind_of
+from .proxy import RecordingProxy, UnrecordedError
+from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
+from .replaced import replaced_functions
 from .snapshot import RandomState, Snapshot
 
 
@@ -46,6 +51,8 @@ class Assumptions:
     """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    given: Given = field(default_factory=Given)
+    """What the arguments are taken to be."""
 
 
 @dataclass
@@ -82,21 +89,38 @@ _CHECKS = {kind._check_input_dim for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, snapshot: Snapshot, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool):
+    def __init__(
+        self,
+        arguments: Mapping[Slot, Any],
+        snapshot: Snapshot,
+        opaque: dict[str, NotLocal],
+        freeze_batchnorm: bool,
+        alone: bool,
+    ):
         super().__init__(autowrap_functions=functions())
+        self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
         self.freeze_batchnorm = freeze_batchnorm
+        self.alone = alone
         self.modes: dict[str, bool] = {}
         self.frozen: set[str] = set()
         self.attributes: dict[str, dict[str, Held]] = {}
         self.entered: list[str] = []
-        self.failed_in: str | None = None
         self.classes: dict[nn.Module, type] = {}
         self.flags: dict[fx.Node, tuple[str, bool]] = {}
-        self.kinds: dict[fx.Node, Kind | None] = {}
-        self.modules: dict[str, nn.Module] = {}
+        self.facts = Facts({}, {})
+        self.asked: set[fx.Node] = set()
+        self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self.region = _region()
+        self.thread = threading.get_ident()
+
+    def recording(self) -> bool:
+        """Whether whoever asks is the forward that is being traced.
+
+        fx replaces methods of all modules, and other threads may run models meanwhile.
+        """
+        return hasattr(self, "graph") and not self.facts.computing and threading.get_ident() == self.thread
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _region() != self.region:
@@ -106,26 +130,45 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> fx.node.Argument:
-        # fx would make a plain dict of it.
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
-        return super().create_arg(a)
+        try:
+            found = parts(a) if is_rebuilt(a) and not is_named_tuple(a) else None
+            if found is None:
+                return super().create_arg(a)
+        except (NotImplementedError, NotCopiedError) as error:
+            raise UnrecordedError(
+                f"it returns or hands on an object of the class {type(a).__module__}.{type(a).__qualname__}, which a "
+                "graph does not hold; it would hold one of a dataclass, or of a class that "
+                "torch.utils._pytree.register_pytree_node has been called for"
+            ) from error
+        return self.create_proxy("call_function", *found, {}).node
 
     def proxy(self, node: fx.Node) -> Proxy:
         return RecordingProxy(self, node)
 
-    def kind(self, node: fx.Node) -> Kind | None:
-        """What the value of a node is, as far as that is known."""
-        waiting = [node]
-        while waiting:
-            sources = waiting[-1].all_input_nodes
-            if unknown := [source for source in sources if source not in self.kinds]:
-                waiting += unknown
-            else:
-                found = waiting.pop()
-                module = self.modules[str(found.target)] if found.op == "call_module" else None
-                self.kinds[found] = kind_of(found, [self.kinds[source] for source in sources], module)
-        return self.kinds[node]
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The forward's arguments: constants as they are, and a proxy for anything else."""
+        parameters = Parameters.of(type(self.root))
+        values: dict[Slot, Any] = {}
+        for slot, form in self.arguments.items():
+            proxy = self.create_proxy("placeholder", slot.name, parameters.default(slot), {})
+            values[slot] = copy.copy(form) if is_constant(form) else proxy
+        args, kwargs = parameters.passed(values)
+        return partial(root_fn, **kwargs), [self.root, *args]
+
+    def answer(self, question: str, node: fx.Node) -> Any:
+        """What is known of a node's value: its "value", "length" or "type_of". Raises UnrecordedError."""
+        try:
+            found = getattr(self.facts, question)(node)
+        except UnknownFactError as error:
+            raise UnrecordedError(
+                f"it asks something about {node.name} that is known only at a call ({error})"
+            ) from None
+        self.asked.add(node)
+        for path, value in (self.flags[flag] for flag in _ancestors(node) & self.flags.keys()):
+            self.modes[path] = value
+        return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if has_hooks(m) or module_qualified_name in self.opaque:
@@ -140,55 +183,61 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if not self.recording():
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
-        drawn = RandomState()
+        drawn, depth, known = RandomState(), len(self.module_stack), len(self.opaque)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            _check_unchanged(self.snapshot, m, *m.children())
-            _check_nothing_drawn(drawn)
-        except Exception:
-            self.failed_in = self.failed_in or path
-            raise
-        return result
+            try:
+                _check_unchanged(self.snapshot, m, *m.children())
+                _check_nothing_drawn(drawn, self.alone)
+            except UnrecordedError:
+                # A module in it that has failed may have left this behind. The next trace will tell.
+                if len(self.opaque) == known:
+                    raise
+            return result
+        except Exception as error:
+            self.opaque[path] = _opaque(error)
+        # The model around it may be traceable. We go on as if it were one call, to find all such modules in one trace.
+        self.snapshot.restore_reached(m.modules())
+        torch.set_grad_enabled(self.region[0])
+        while len(self.module_stack) > depth:
+            self.module_stack.popitem()
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """What a forward gets for an attribute: a proxy for a parameter or buffer.
+
+        fx would search the whole model for the tensor each time.
+        """
+        if not self.recording() or id(attr_val) not in self.tensors:
+            return attr_val
+        name, _ = self.tensors[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def to_bool(self, obj: Proxy) -> bool:
         if obj.node in self.flags:
             path, value = self.flags[obj.node]
             self.modes[path] = value
             return value
-        return super().to_bool(obj)
+        return bool(self.answer("value", obj.node))
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return (obj[index] for index in range(self.answer("length", obj.node)))  # type: ignore[index]  # RecordingProxy is
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]  # modules only
-        self.modules = dict(root.named_modules(remove_duplicate=False))
-        with self._watched_flags(root), self._watched_functions(), answered_isinstance():
+        forms = {slot.name: form for slot, form in self.arguments.items()}
+        self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self.tensors.setdefault(id(tensor), (name, tensor))
+        with self._watched_flags(root), replaced_functions(self.create_proxy, self.recording):
             return super().trace(root, concrete_args)
-
-    @contextmanager
-    def _watched_functions(self) -> Iterator[None]:
-        """While tracing, functions of torch that a graph does not record fail.
-
-        These are an autograd.Function that is called with a proxy, and questions about the state of a call.
-        """
-        apply = vars(torch.autograd.Function)["apply"]
-        questions = {name: getattr(torch, name) for name in _QUESTIONS}
-
-        def refusing(kind: type, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-                raise UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
-            return apply.__get__(None, kind)(*args, **kwargs)
-
-        torch.autograd.Function.apply = classmethod(refusing)
-        for name, function in questions.items():
-            setattr(torch, name, _refused_question(function))
-        try:
-            yield
-        finally:
-            torch.autograd.Function.apply = apply
-            for name, function in questions.items():
-                setattr(torch, name, function)
 
     @contextmanager
     def _watched_flags(self, root: nn.Module) -> Iterator[None]:
@@ -207,14 +256,15 @@ class _Tracer(fx.Tracer):
             watched = self._watched(type(module), path)
             self.classes[module] = type(module)
             module.__class__ = watched
-        except TypeError:  # its class cannot be extended
+        except TypeError as error:  # its class cannot be extended
             self.classes.pop(module, None)
-            self.failed_in = path or None
-            raise
+            if not path:
+                raise
+            self.opaque[path] = _opaque(error)
 
     def _watched(self, original: type[nn.Module], path: str) -> type[nn.Module]:
         def training(module: nn.Module) -> Any:
-            if not hasattr(self, "graph"):
+            if not self.recording():
                 return module.__dict__["training"]
             if self.freeze_batchnorm and issubclass(original, _BatchNorm):
                 self.frozen.add(path)
@@ -228,7 +278,7 @@ class _Tracer(fx.Tracer):
 
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
-            if hasattr(self, "graph") and name not in _OF_MODULES and not name.startswith("__"):
+            if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
                 # The converted model is of another class than the root, so it does not have its class attributes.
                 own = bool(path) or name in original.__getattribute__(module, "__dict__")
                 if own and (parts := held(value)) != {}:
@@ -244,22 +294,6 @@ class _Tracer(fx.Tracer):
         return watched
 
 
-_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-"""What a forward may ask torch about a call; the answer of the conversion would stay in the graph."""
-
-
-def _refused_question(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which answers torch and us, but refuses a user's forward."""
-
-    def answer(*args: Any) -> Any:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if asking.partition(".")[0] in ("torch", "fxstream"):
-            return function(*args)
-        raise UnrecordedError(f"it asks torch.{function.__name__}(), whose answer fx does not record")
-
-    return answer
-
-
 class _Unannounced:
     """A base class in front of another, which is then not told that it has been extended."""
 
@@ -272,21 +306,51 @@ _LOCK = threading.RLock()
 """Tracing replaces classes of modules and functions of torch, which two threads must not do at a time."""
 
 
-def trace(model: nn.Module, opaque: Mapping[str, NotLocal], freeze_batchnorm: bool) -> Trace:
+def trace(
+    model: nn.Module, arguments: Mapping[Slot, Any], opaque: Mapping[str, NotLocal], freeze_batchnorm: bool
+) -> Trace:
     """Trace a model. Raises TraceError if its own forward cannot be traced.
 
+    The forward gets the constants among its `arguments`, and proxies for others, of which their `Form` may be known.
     Modules of which `opaque` says why they are not local stay one call. With `freeze_batchnorm`, batch norms of the
     user's own are traced as if they were in eval mode.
     """
-    with _LOCK:
-        return _trace(model, dict(opaque), freeze_batchnorm)
+    arguments = Parameters.of(type(model)).sorted(arguments)
+    with _LOCK, torch.inference_mode(False):
+        before = RandomState()
+        for _ in range(_ATTEMPTS if threading.active_count() > 1 else 0):
+            try:
+                return _trace(model, arguments, dict(opaque), freeze_batchnorm, alone=False)
+            except _SomethingDrawn:
+                continue
+        try:
+            return _trace(model, arguments, dict(opaque), freeze_batchnorm, alone=True)
+        finally:
+            before.restore()
 
 
-def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool) -> Trace:
-    """See `trace`. Adds to `opaque` the modules that cannot be traced through."""
+_ATTEMPTS = 5
+
+
+class _SomethingDrawn(BaseException):
+    """Random numbers were drawn, perhaps by another thread. No forward must catch this."""
+
+
+def _trace(
+    model: nn.Module,
+    arguments: Mapping[Slot, Any],
+    opaque: dict[str, NotLocal],
+    freeze_batchnorm: bool,
+    alone: bool,
+) -> Trace:
+    """See `trace`. Adds to `opaque` the modules that cannot be traced through.
+
+    One trace finds them, and another one leaves them out from the start, so that nothing remains of their forwards.
+    Unless no other thread runs (`alone`), _SomethingDrawn is raised if anything draws random numbers meanwhile.
+    """
     while True:
-        snapshot, drawn = Snapshot(model), RandomState()
-        tracer = _Tracer(snapshot, opaque, freeze_batchnorm)
+        snapshot, drawn, known = Snapshot(model), RandomState(), len(opaque)
+        tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm, alone)
         try:
             if "forward" in vars(model):
                 raise UnrecordedError("its forward has been replaced on the instance, which fx does not see")
@@ -295,21 +359,26 @@ def _trace(model: nn.Module, opaque: dict[str, NotLocal], freeze_batchnorm: bool
                 name: vars(model).pop(name) for name in list(vars(model)) if name.startswith("_tensor_constant")
             }
             _check_unchanged(snapshot, *model.modules())
-            _check_nothing_drawn(drawn)
+            _check_nothing_drawn(drawn, alone)
         except Exception as error:
-            if tracer.failed_in is None:
+            if len(opaque) == known:
                 raise TraceError(_explain(model, error)) from error
-            # The model around it may be traceable, so leave this module as one call.
-            why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
-            opaque[tracer.failed_in] = NotLocal(why, "make it traceable")
-            continue
         finally:
             # The model is not ours to change, and fx leaves there the tensors that forward makes.
             snapshot.restore()
-            drawn.restore()
-        _remove_unused_flags(graph, tracer)
-        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered))
+        if len(opaque) > known:
+            continue
+        _remove_unused(graph, tracer)
+        _forget_wrapped(graph)
+        given = Given(arguments, tracer.facts.question, surroundings(model))
+        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
+
+
+def _opaque(error: Exception) -> NotLocal:
+    """Why a module that has raised an error while it was traced is not local."""
+    why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
+    return NotLocal(why, "make it traceable")
 
 
 def _region() -> tuple[Any, ...]:
@@ -323,15 +392,41 @@ def _check_unchanged(snapshot: Snapshot, *modules: nn.Module) -> None:
         raise UnrecordedError(f"its forward assigns attributes ({', '.join(changed)}), which fx does not record")
 
 
-def _check_nothing_drawn(before: RandomState) -> None:
+def _check_nothing_drawn(before: RandomState, alone: bool) -> None:
     if before.has_changed():
+        if not alone:
+            raise _SomethingDrawn
         raise UnrecordedError("it draws random numbers while it is traced, which fx does not record")
 
 
-def _remove_unused_flags(graph: fx.Graph, tracer: _Tracer) -> None:
-    for node in tracer.flags:
-        if not node.users:
+def _remove_unused(graph: fx.Graph, tracer: _Tracer) -> None:
+    """Erase flags and sizes that have been recorded only for a question: nothing else reads them."""
+    questions = tracer.asked.union(*map(_ancestors, tracer.asked))
+    for node in reversed(graph.nodes):
+        number = node.op.startswith("call_") and node in questions and tracer.facts.is_number(node)
+        if not node.users and (number or node in tracer.flags):
             graph.erase_node(node)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """The nodes that the value of a node depends on."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def _forget_wrapped(graph: fx.Graph) -> None:
+    """Do not let the code that fx generates call `torch.fx.wrap` for functions of torch.
+
+    Their names have dots, and every later trace in the process would fail.
+    """
+    for node in graph.nodes:
+        if (getattr(node.target, "__module__", None) or "").startswith("torch."):
+            node.meta.pop("is_wrapped", None)
 
 
 def _first_line(error: Exception) -> str:

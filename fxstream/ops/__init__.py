@@ -9,6 +9,7 @@ from . import (
     attention,
     channels,
     conv,
+    create,
     dropout,
     index,
     inplace,
@@ -17,12 +18,14 @@ from . import (
     pointwise,
     pool,
     products,
+    rearrange,
     reduce,
     resample,
     shape,
     shuffle,
     unfold,
     whole,
+    write,
 )
 from .border import fit
 from .registry import (
@@ -31,9 +34,11 @@ from .registry import (
     Local,
     Noise,
     NotLocal,
+    Pending,
     Rule,
     Sliced,
     Total,
+    Typed,
     Unknown,
     functions,
     has_own_methods,
@@ -52,6 +57,7 @@ __all__ = [
     "Local",
     "Noise",
     "NotLocal",
+    "Pending",
     "Place",
     "Reduction",
     "Rule",
@@ -62,6 +68,7 @@ __all__ = [
     "Total",
     "Totals",
     "Transposed",
+    "Typed",
     "Unknown",
 ]
 __all__ += ["Value", "Window", "fit", "functions", "has_own_methods", "register", "rule_for", "rule_for_module"]
@@ -69,6 +76,7 @@ __all__ += [
     "attention",
     "channels",
     "conv",
+    "create",
     "dropout",
     "index",
     "inplace",
@@ -78,4 +86,4 @@ __all__ += [
     "pool",
     "products",
 ]
-__all__ += ["reduce", "resample", "shape", "shuffle", "unfold", "whole"]
+__all__ += ["rearrange", "reduce", "resample", "shape", "shuffle", "unfold", "whole", "write"]

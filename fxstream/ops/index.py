@@ -131,22 +131,16 @@ def _selects(x: Value, dim: int, count: int) -> Iterator[Local]:
 @register(operator.getitem)
 def getitem(input: Value, index: Any) -> Answer:
     items = list(index) if isinstance(index, tuple) else [index]
-    lists = [position for position, item in enumerate(items) if _is_list_of_integers(item)]
+    lists = [position for position, item in enumerate(items) if is_list_of_integers(item)]
     if lists and all(item == slice(None) for position, item in enumerate(items) if position != lists[0]):
         return _reordered(input, lists[0], items[lists[0]], lambda block: block[index])
-    if not all(map(_is_integer_or_slice, items)):
+    if not all(map(is_integer_or_slice, items)):
         return NotLocal("is indexed by something else than known integers and slices")
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    at = items.index(Ellipsis)
-    items[at : at + 1] = [slice(None)] * (input.rank - used)
-
     dims: list[Dim] = []
     block_index: list[Any] = []
     windows: dict[int, Window] = {}
     source = iter(enumerate(input.dims))
-    for item in items:
+    for item in expanded(items, input.rank):
         if item is None:
             dims.append(Dim(None, 1))
             block_index.append(None)
@@ -154,7 +148,7 @@ def getitem(input: Value, index: Any) -> Answer:
         position, dim = next(source)
         if dim.tag is None:
             if isinstance(item, slice):
-                dims.append(_sliced(dim, item))
+                dims.append(sliced(dim, item))
             block_index.append(item)
         elif item == slice(None):
             dims.append(dim)
@@ -175,7 +169,14 @@ def getitem(input: Value, index: Any) -> Answer:
     return Local((input,), tuple(dims), run, windows, aliases=input)
 
 
-def _sliced(dim: Dim, item: slice) -> Dim:
+def expanded(items: Sequence[Any], rank: int) -> list[Any]:
+    """The items of an index into a value of `rank` dimensions, with a full slice for every dimension left out."""
+    used = sum(item is not None and item is not Ellipsis for item in items)
+    at = next((position for position, item in enumerate(items) if item is Ellipsis), len(items))
+    return [*items[:at], *[slice(None)] * (rank - used), *items[at + 1 :]]
+
+
+def sliced(dim: Dim, item: slice) -> Dim:
     """The result of `x[item]` along a dimension that is not streamed."""
     if item == slice(None):
         return dim
@@ -183,7 +184,7 @@ def _sliced(dim: Dim, item: slice) -> Dim:
     return Dim(None, len(range(*item.indices(dim.size))) if known else Symbol())
 
 
-def _is_integer_or_slice(item: Any) -> bool:
+def is_integer_or_slice(item: Any) -> bool:
     """Whether an item of an index is an integer, a slice with a positive step, None or an ellipsis."""
     if not isinstance(item, slice):
         return item is None or item is Ellipsis or type(item) in (int, Extent)
@@ -230,7 +231,7 @@ def select(input: Value, dim: int, index: int) -> Answer:
     return getitem(input, (*[slice(None)] * input.dim(dim), index))
 
 
-def _is_list_of_integers(item: Any) -> bool:
+def is_list_of_integers(item: Any) -> bool:
     return isinstance(item, list) and all(type(number) is int for number in item)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..geometry.axes import Size, Symbol, Value
-from ..geometry.window import Sliding, Span, Window
+from ..geometry.window import Same, Sliding, Span, Window
 from .border import BORDERS, fit
 from .registry import Local, NotLocal, register
 
@@ -58,6 +58,23 @@ def _circular(x: Value, pad: Sequence[int]) -> Local | NotLocal:
             size = Symbol() if isinstance(size, Symbol) else size + before + after
         sizes[dim] = size
     return Local((x,), x.resized(sizes), lambda block: F.pad(block, pad, "circular"))
+
+
+@register("timm.layers.padding.pad_same")
+def pad_same(
+    x: Value, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int] = (1, 1), value: float = 0
+) -> Local | NotLocal:
+    # All of timm's convolutions and poolings with TensorFlow's padding call this function.
+    geometry = zip((x.rank - 2, x.rank - 1), kernel_size, stride, dilation, strict=True)
+    windows: dict[int, Window] = {dim: Same(kernel, step, gap) for dim, kernel, step, gap in geometry}
+    # Whether the padding keeps the size depends on the size.
+    unknown: dict[int, Size] = {dim: Symbol() for dim in windows if x.dims[dim].known is None}
+    dims = x.resized(unknown) if unknown else x.slid(windows)
+
+    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        return fit(block, spans, value=value)
+
+    return Local((x,), dims, run, windows)
 
 
 def _register_module(axes: int, module_type: type[nn.Module], mode: str) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..geometry.axes import Dim, Symbol, Value, broadcast
 from . import inplace
-from .registry import Local, NotLocal, Sliced, Unknown, register
+from .derived import derived, typed
+from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Typed, Unknown, register
 
 
 def pointwise(
@@ -32,7 +33,7 @@ def pointwise(
     if (dims := broadcast(values)) is None:
         return NotLocal("combines values whose streamed axes are not aligned")
     for arg in named.values():
-        if isinstance(arg, (torch.Tensor, Unknown)):
+        if isinstance(arg, (torch.Tensor, Typed, Unknown)):
             dims = _widened(dims, arg)
     if mutates and not isinstance(args[0], Value):
         return NotLocal(
@@ -44,11 +45,12 @@ def pointwise(
     for name, arg in named.items():
         if isinstance(arg, Value):
             operands[name] = arg
-        elif isinstance(arg, torch.Tensor):
+        elif isinstance(arg, (torch.Tensor, Typed)):
             if problem := _size_problem(arg, dims):
                 return problem
             # Along dimensions that are not streamed, the tensor broadcasts against a block as against the whole value.
-            if extents := _broadcast_extents(arg, dims):
+            extents = _broadcast_extents(arg, dims)
+            if extents or isinstance(arg, Typed):
                 operands[name] = Sliced(arg, extents)
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ def pointwise(
     return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
 
 
-def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Unknown) -> tuple[Dim, ...]:
+def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Typed | Unknown) -> tuple[Dim, ...]:
     """The dimensions of the result of broadcasting `dims` against a constant, which may have more channels."""
     if isinstance(constant, Unknown):
         return tuple(dim if dim.tag is not None else Dim(None, Symbol()) for dim in dims)
@@ -79,13 +81,13 @@ def _grows(target: Value, dims: tuple[Dim, ...]) -> bool:
     )
 
 
-def _broadcast_extents(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> dict[int, str]:
+def _broadcast_extents(tensor: torch.Tensor | Typed, dims: tuple[Dim, ...]) -> dict[int, str]:
     """The dimensions of a tensor that meet a streamed axis when it is broadcast against `dims`, unless of size 1."""
     aligned = dims[len(dims) - tensor.dim() :]
     return {index: dim.tag for index, dim in enumerate(aligned) if dim.tag is not None and tensor.size(index) != 1}
 
 
-def _size_problem(tensor: torch.Tensor, dims: tuple[Dim, ...]) -> NotLocal | None:
+def _size_problem(tensor: torch.Tensor | Typed, dims: tuple[Dim, ...]) -> NotLocal | None:
     if tensor.dim() > len(dims):
         return NotLocal(f"combines a value of {len(dims)} dimensions with a tensor of {tensor.dim()}")
     aligned = dims[len(dims) - tensor.dim() :]
@@ -113,21 +115,41 @@ def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwar
     return replace(local, aliases=input) if isinstance(local, Local) else local
 
 
-def cast_like(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Local | NotLocal:
+def cast_like(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Answer:
     """The answer for `to` and `type_as`, which take a dtype and a device, or a tensor that has them."""
-    others = (arg for arg in (*args, *kwargs.values()) if isinstance(arg, (Value, torch.Tensor, Unknown)))
-    given = next(others, None)
+    kinds = (Value, torch.Tensor, Typed, Unknown)
+    given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, kinds)), None)
     if not isinstance(input, Value):
-        return NotLocal("gives a tensor the type of a value, which is not known before the call", "name the type")
+        return _cast_constant(function, input, args, kwargs)
     if given is None:
         return cast(function, input, *args, **kwargs)
-    if isinstance(given, Unknown):
+    if isinstance(given, Unknown) and not isinstance(given, Pending):
         return NotLocal("takes the type of a tensor that is not known before the call", "name the type")
+    if isinstance(given, Pending):  # at a call it is a dtype, a device or a tensor
+        return cast(function, input)
     if isinstance(given, torch.Tensor):
         return cast(torch.Tensor.to, input, given.device, given.dtype)
-    if [dim.size for dim in given.dims] != [dim.size for dim in input.dims]:
+    source = given if isinstance(given, Value) else given.of
+    if source is None or [dim.size for dim in source.dims] != [dim.size for dim in input.dims]:
         return NotLocal("takes the type of a value of another size", "name the type")
-    return cast(function, input, given)
+
+    def run(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return block.to(like if isinstance(given, Value) else given.make(like))
+
+    return cast(run, input, source)
+
+
+def _cast_constant(
+    function: Callable[..., torch.Tensor], input: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Answer:
+    """The answer for a tensor that does not depend on the image and gets the type of a value."""
+    if isinstance(input, Unknown):
+        return Fact(Pending("a tensor with the type of a value"))
+
+    def like(arg: Any) -> Any:
+        return typed(arg, lambda block: block) if isinstance(arg, Value) else arg
+
+    return derived(function, (input, *map(like, args)), {name: like(arg) for name, arg in kwargs.items()})
 
 
 def undifferentiable(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Local | NotLocal:

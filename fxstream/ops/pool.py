@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..geometry.axes import Symbol, Value
+from ..geometry.axes import Symbol, Value, is_extent_of
 from ..geometry.window import Sliding, Span
 from .arguments import as_tuple, per_axis
 from .border import fit
 from .conv import image_problem
-from .registry import Local, NotLocal, register
+from .registry import Answer, Local, NotLocal, Total, register
+from .totals import First, Reduction, Sum
 
 _MAX = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -54,13 +55,28 @@ def _pooling_by_sizes(x: Value) -> Local | NotLocal:
     return Local((x,), x.resized({dim: Symbol() for dim in range(2, x.rank)}), lambda block: block)
 
 
+def _spans_the_image(x: Value, axes: int, kernel: Any, padding: Any, dilation: Any = 1) -> bool:
+    """Whether a pooling has one window, which is as large as the image: `F.avg_pool2d(x, x.shape[-2:])`."""
+    sizes = zip(x.dims[2:], per_axis(kernel, axes), strict=True)
+    whole = all(is_extent_of(size, dim) if dim.tag is not None else size is dim.size for dim, size in sizes)
+    return whole and set(per_axis(padding, axes)) == {0} and set(per_axis(dilation, axes)) == {1}
+
+
+def _whole(x: Value, reduction: Reduction) -> Answer:
+    """The answer for a pooling with one window over the image, some axes of which are streamed."""
+    problem = NotLocal(f"pools over the whole image along {' and '.join(x.tags(range(2, x.rank)))}")
+    return Total(x, reduction, True, problem)
+
+
 def max_pooling(
     axes: int, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, return_indices: bool
-) -> Local | NotLocal:
+) -> Answer:
     if problem := image_problem(x, axes, "has its channels"):
         return problem
     if return_indices:
         return NotLocal("returns indices, which are positions in the whole image", "use return_indices=False")
+    if x.tags(range(2, x.rank)) and _spans_the_image(x, axes, kernel, padding, dilation):
+        return _whole(x, First(tuple(range(2, x.rank))))
     if _follows_from_sizes(kernel, stride):
         return _pooling_by_sizes(x)
     windows = _windows(axes, kernel, stride, padding, dilation, ceil_mode)
@@ -97,9 +113,11 @@ def average_pooling(
     ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
-) -> Local | NotLocal:
+) -> Answer:
     if problem := image_problem(x, axes, "has its channels"):
         return problem
+    if x.tags(range(2, x.rank)) and divisor_override is None and _spans_the_image(x, axes, kernel, padding):
+        return _whole(x, Sum(tuple(range(2, x.rank)), torch.mean, mean=True))
     if _follows_from_sizes(kernel, stride):
         return _pooling_by_sizes(x)
     windows = _windows(axes, kernel, stride, padding, 1, ceil_mode)
@@ -146,7 +164,7 @@ INFINITE_IS_MAXIMUM = F.lp_pool1d(torch.tensor([[[-2.0, 1.0]]]), math.inf, 2).it
 """Whether torch takes the maximum for a norm of infinite order. Older releases use the general formula."""
 
 
-def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ceil_mode: bool) -> Local | NotLocal:
+def power_pooling(axes: int, x: Value, norm: float, kernel: Any, stride: Any, ceil_mode: bool) -> Answer:
     """The answer for the p-norm of each window (torch.nn.LPPool2d).
 
     torch computes it from the mean of the powers, times the number of positions of a whole window.
@@ -172,12 +190,14 @@ def _root(mean: torch.Tensor, count: int, norm: float) -> torch.Tensor:
 
 
 def _wrapped(
-    local: Local | NotLocal,
+    local: Answer,
     before: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
-) -> Local | NotLocal:
+) -> Answer:
     """An operation with one element-wise function applied to its input and another to its result."""
-    if isinstance(local, NotLocal):
+    if isinstance(local, Total):
+        return local.problem
+    if not isinstance(local, Local):
         return local
     inner = local.run
     return replace(local, run=lambda block, *spans: after(inner(before(block), *spans)))
@@ -187,11 +207,11 @@ def _register_power_pooling(axes: int) -> None:
     @register(getattr(F, f"lp_pool{axes}d"), spatial=axes)
     def function_rule(
         input: Value, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
-    ) -> Local | NotLocal:
+    ) -> Answer:
         return power_pooling(axes, input, norm_type, kernel_size, stride, ceil_mode)
 
     @register(getattr(nn, f"LPPool{axes}d"), spatial=axes)
-    def module_rule(m: Any, input: Value) -> Local | NotLocal:
+    def module_rule(m: Any, input: Value) -> Answer:
         return power_pooling(axes, input, m.norm_type, m.kernel_size, m.stride, m.ceil_mode)
 
 
@@ -207,11 +227,11 @@ def _register_pooling(
         dilation: Any = 1,
         ceil_mode: bool = False,
         return_indices: bool = False,
-    ) -> Local | NotLocal:
+    ) -> Answer:
         return max_pooling(axes, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
     @register(max_type, spatial=axes)
-    def max_module(m: Any, input: Value) -> Local | NotLocal:
+    def max_module(m: Any, input: Value) -> Answer:
         return max_pooling(axes, input, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
 
     @register(*averages, spatial=axes)
@@ -223,13 +243,13 @@ def _register_pooling(
         ceil_mode: bool = False,
         count_include_pad: bool = True,
         divisor_override: int | None = None,
-    ) -> Local | NotLocal:
+    ) -> Answer:
         return average_pooling(
             axes, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
 
     @register(avg_type, spatial=axes)
-    def average_module(m: Any, input: Value) -> Local | NotLocal:
+    def average_module(m: Any, input: Value) -> Answer:
         divisor = getattr(m, "divisor_override", None)  # AvgPool1d has none
         return average_pooling(
             axes, input, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor

@@ -18,7 +18,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -35,13 +36,42 @@ RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, eq=False)
+class Typed:
+    """A tensor that does not depend on the pixels, but on the dtype or device of a value: `y.new_tensor(2.0)`.
+
+    It can be made once a block of the value is there. What is made may also be the dtype or the device itself.
+    """
+
+    of: Value | None
+    """The value that has the dtype and the device; None if it is made for every tile without."""
+    make: Callable[[Any], Any]
+    """Makes it, given a block of the value."""
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """The shape of the tensor."""
+        # Without whoever watches what rules compute, since nothing else comes of this.
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            shape: torch.Size = self.make(torch.empty(0)).shape
+        return shape
+
+    def dim(self) -> int:
+        """The number of dimensions of the tensor."""
+        return len(self.shape)
+
+    def size(self, dim: int) -> int:
+        """The size of one of its dimensions."""
+        return self.shape[dim]
+
+
+@dataclass(frozen=True, eq=False)
 class Sliced:
     """An operand that does not depend on the image but has its extent along streamed axes, such as a mask.
 
     Each block gets the rows of the tensor that belong to the rows of the result.
     """
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor | Typed
     """A tensor of any dtype, such as (1, 1, H, W): one that the rule was given, not one that the rule has computed."""
     dims: Mapping[int, str]
     """Dimension of the tensor, counted from 0 -> streamed axis, such as {2: "H", 3: "W"}.
@@ -75,6 +105,10 @@ class Unknown(Undetermined):
 
     name: str
     """What the tensor is, for whoever prints it."""
+
+
+class Pending(Unknown):
+    """At conversion, the stand-in for a tensor that is made of sizes or types of the image."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,11 @@ class Local:
 
     Along any other dimension, each position of the result reads the same position of the operands.
     """
+    windows_of: Mapping[Value, Mapping[int, Window]] = field(default_factory=dict)
+    """Operands of which each is read through windows of its own, in place of `windows`, along its own dimensions.
+
+    The spans that `run` gets are those of the first operand.
+    """
     mutates: Value | None = None
     """The operand that the operation overwrites in the plain model, or None. `run` does not overwrite it."""
     aliases: Value | None = None
@@ -132,7 +171,7 @@ class Local:
 
     def window(self, value: Value, axis: str) -> Window:
         """The window through which the operation reads one of its operands along a streamed axis."""
-        return self.windows.get(value.position(axis), IDENTITY)
+        return self.windows_of.get(value, self.windows).get(value.position(axis), IDENTITY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +232,7 @@ class Rule:
     spatial: int | None
     """The number of spatial axes that the operation is made for; None if any number."""
     takes_sizes: bool
-    """Whether the rule is also asked if none of the arguments but sizes depends on the image."""
+    """Whether the rule is also asked if none of the arguments but sizes and types depends on the image."""
     signature: inspect.Signature
     """The signature of the function."""
 
@@ -210,9 +249,30 @@ class Rule:
         except TypeError as error:
             return NotLocal(f"is called with arguments that its streaming rule does not cover ({error})")
         try:
-            return self.function(*args, **kwargs)
+            return _with_types(self.function(*args, **kwargs))
         except UndeterminedError:
             return NotLocal("has an argument that is not known before the call", "make it a constant")
+
+
+def _with_types(found: Answer) -> Answer:
+    """The answer, in which the values that give tensors their types are operands."""
+    if not isinstance(found, Local):
+        return found
+    typed = (operand.tensor for operand in found.operands if isinstance(operand, Sliced))
+    sources = dict.fromkeys(tensor.of for tensor in typed if isinstance(tensor, Typed) and tensor.of is not None)
+    more = tuple(source for source in sources if all(source is not value for value in found.values))
+    if not more:
+        return found
+    sizes = {dim.tag: dim.size for dim in found.dims if dim.tag is not None}
+    if any({dim.tag: dim.size for dim in source.dims if dim.tag is not None} != sizes for source in more):
+        return NotLocal("uses the type of a value of another size", "name the type")
+    count, run = len(found.operands), found.run
+    return replace(
+        found,
+        operands=(*found.operands, *more),
+        windows_of={**found.windows_of, **{source: {} for source in more}},
+        run=lambda *given: run(*given[:count], *given[count + len(more) :]),
+    )
 
 
 _RULES: dict[Target, Rule] = {}

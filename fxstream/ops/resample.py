@@ -2,8 +2,8 @@
 
 `F.interpolate` cannot run on blocks: it computes in floating point, from the sizes of its input and output, which rows
 an output row reads. So the rows and weights of a whole axis are computed once, with torch's own arithmetic
-(ATen/native/UpSample.h), and each block takes its part of them. Only scale factors that are powers of two run natively,
-since the arithmetic with them is exact.
+(ATen/native/UpSample.h and AdaptivePooling.h), and each block takes its part of them. Only scale factors that are
+powers of two run natively, since the arithmetic with them is exact.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .arguments import as_tuple
 from .registry import Answer, Local, NotLocal, Unknown, register
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "bilinear": 2, "trilinear": 2, "bicubic": 4}
-_WAY_OUT = "use a mode of " + ", ".join(_TAPS) + " without antialiasing"
+"""The modes in which an output row reads a fixed number of input rows, with that number."""
+_WAY_OUT = "use a mode of " + ", ".join([*_TAPS, "area"])
 _RANKS = {"linear": (3,), "bilinear": (4,), "trilinear": (5,), "bicubic": (4,)}
 
 
@@ -40,10 +41,13 @@ class _Axis:
     scale: float | None
     """The scale factor, if torch uses it instead of the ratio of the sizes."""
     align_corners: bool
+    antialias: bool = False
 
     @property
     def factor(self) -> int | None:
         """The integer factor of the enlargement, if it is a power of two, so that arithmetic with it is exact."""
+        if self.antialias or self.mode == "area":
+            return None
         factor = self.size // self.length
         exact = factor * self.length == self.size and factor.bit_count() == 1 and self.scale in (None, factor)
         return factor if exact and not (self.align_corners and factor > 1) else None
@@ -89,8 +93,15 @@ def _nearest(axis: _Axis, like: _Like) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # what is kept must serve training, too, which refuses inference tensors
-def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every output row the input rows that it reads and their weights, both (taps, size)."""
+def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """For every output row the input rows that it reads and their weights, both (taps, size).
+
+    If some output rows read fewer rows than others, the last tensor says which of these are read; else it is None.
+    """
+    if axis.mode == "area":
+        return _mean(axis, dtype)
+    if axis.antialias:
+        return _antialiased(axis, dtype)
     position = _source(axis, dtype)
     below = position.floor().clamp(max=axis.length - 1)
     fraction = (position - below).clamp(0, 1)
@@ -99,7 +110,60 @@ def _weighted(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     # An axis that keeps its size is copied: there, a row does not read the next one, not even with weight 0.
     step = 0 if axis.size == axis.length and len(weights) == 2 else 1
     rows = torch.stack([below.long() + step * offset for offset in range(first, first + len(weights))])
-    return rows.clamp(0, axis.length - 1), weights
+    return rows.clamp(0, axis.length - 1), weights, None
+
+
+def _mean(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of adaptive average pooling (ATen/native/AdaptivePooling.h)."""
+    output = torch.arange(axis.size, device="cpu")
+    first = output * axis.length // axis.size
+    counts = -(-(output + 1) * axis.length // axis.size) - first
+    rows, read = _taps(first, counts)
+    return rows, (1 / counts.to(dtype)).expand(rows.shape), read
+
+
+def _antialiased(axis: _Axis, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Filters that are as wide as the rows of the result where these are wider than the input's (Pillow's resampling).
+
+    Formulas: ATen/native/cpu/UpSampleKernel.cpp, _compute_indices_min_size_weights_aa.
+    """
+    output = torch.arange(axis.size, device="cpu")
+    if axis.size == axis.length:  # it is copied, whatever the scale factor
+        rows, read = _taps(output, torch.ones_like(output))
+        return rows, read.to(dtype), read
+    ratio = _ratio(axis, dtype)
+    widening = ratio.clamp(min=1)
+    support = widening * (_TAPS[axis.mode] / 2)
+    center = ratio * (output.to(dtype) + 0.5)
+    # torch's conversion to an integer truncates.
+    first = (center - support + 0.5).long().clamp(min=0)
+    counts = (center + support + 0.5).long().clamp(max=axis.length) - first
+    rows, read = _taps(first, counts)
+    distance = (first + torch.arange(len(rows), device="cpu")[:, None] - center + 0.5) / widening
+    weights = _FILTERS[axis.mode](distance.abs()) * read
+    return rows, weights / weights.sum(0), read
+
+
+def _taps(first: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`counts` rows from `first` on, and which are among them, both (taps, size). Superfluous taps are the last row."""
+    tap = torch.arange(int(counts.max()), device="cpu")[:, None]
+    return first + torch.minimum(tap, counts - 1), tap < counts
+
+
+def _triangle(x: torch.Tensor) -> torch.Tensor:
+    return (1 - x).clamp(min=0)
+
+
+def _cubic_filter(x: torch.Tensor) -> torch.Tensor:
+    """Cubic convolution with A = -0.5 (Keys 1981), as in Pillow."""
+    a = -0.5
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+_FILTERS = {"bilinear": _triangle, "bicubic": _cubic_filter}
+"""The filters of the modes that torch can antialias, as functions of the distance in rows."""
 
 
 def _source(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
@@ -108,10 +172,18 @@ def _source(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
     if axis.size == axis.length:
         return rows
     if axis.align_corners:
-        return rows * (rows.new_tensor(axis.length - 1) / max(axis.size - 1, 1))
-    ratio = rows.new_tensor(axis.length) / axis.size if axis.scale is None else rows.new_tensor(1 / axis.scale)
-    position = ratio * (rows + 0.5) - 0.5
+        return rows * _ratio(axis, dtype)
+    position = _ratio(axis, dtype) * (rows + 0.5) - 0.5
     return position if axis.mode == "bicubic" else position.clamp(min=0)
+
+
+def _ratio(axis: _Axis, dtype: torch.dtype) -> torch.Tensor:
+    """The input rows per output row (torch: area_pixel_compute_scale)."""
+    if axis.align_corners:
+        return torch.tensor(axis.length - 1 if axis.size > 1 else 0, dtype=dtype, device="cpu") / max(axis.size - 1, 1)
+    if axis.scale is None:
+        return torch.tensor(axis.length, dtype=dtype, device="cpu") / axis.size
+    return torch.tensor(1 / axis.scale, dtype=dtype, device="cpu")
 
 
 def _cubic(fraction: torch.Tensor) -> torch.Tensor:
@@ -130,7 +202,7 @@ def _cubic(fraction: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=256)
 def _window(axis: _Axis) -> Table:
     """The rows that each output row may read, in whichever dtype and memory format torch computes their numbers."""
-    if _TAPS[axis.mode] == 1:
+    if _TAPS.get(axis.mode) == 1:
         cpu, precisions = torch.device("cpu"), (torch.float32, torch.float64)
         # torch has separate kernels for channels_last.
         likes = [like for dtype in precisions for like in (_Like(dtype, cpu), _Like(dtype, cpu, 4, (1,)))]
@@ -181,7 +253,7 @@ def _nearest_rows(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Sp
 
 
 def _weighted_sums(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[Span]) -> torch.Tensor:
-    """Linear and cubic interpolation: each output row is a weighted sum of input rows, along one axis after another."""
+    """Interpolation and means: each output row is a weighted sum of input rows, along one axis after another."""
     if not block.is_floating_point():
         raise InputError(f"interpolation in mode '{axes[0].mode}' streams floating-point values, not {block.dtype}")
     dtype = _dtype_of_result(block, axes[0].mode)
@@ -199,11 +271,16 @@ def _weighted_sum_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) 
     A product with a matrix of weights would be faster, but wrong: its zeros would multiply infinities and NaN of rows
     that the output row does not read.
     """
-    rows, weights = (part[:, span.start : span.stop].to(block.device) for part in _weighted(axis, block.dtype))
+    here = slice(span.start, span.stop)
+    rows, weights, read = _weighted(axis, block.dtype)
+    rows, weights = rows[:, here].to(block.device), weights[:, here].to(block.device)
     along = [-1 if index == dim else 1 for index in range(block.dim())]
     result = block.new_zeros(())
-    for index, weight in zip(rows - span.lo, weights, strict=True):
-        result = result + block.index_select(dim, index) * weight.view(along)
+    for tap, (index, weight) in enumerate(zip(rows - span.lo, weights, strict=True)):
+        product = block.index_select(dim, index) * weight.view(along)
+        if read is not None:
+            product = torch.where(read[tap, here].to(block.device).view(along), product, 0)
+        result = result + product
     return result
 
 
@@ -226,7 +303,7 @@ def interpolate(
 ) -> Answer:
     axes = input.rank - 2
     sizes, scales = as_tuple(size, axes), as_tuple(scale_factor, axes)
-    if problem := _arguments_problem(input, sizes, scales, mode, align_corners):
+    if problem := _arguments_problem(input, sizes, scales, mode, align_corners, antialias):
         return problem
     lengths = [input.size(dim) for dim in range(2, input.rank)]
     targets = [_target(*given) for given in zip(lengths, sizes, scales, strict=True)]
@@ -235,23 +312,23 @@ def interpolate(
         native = partial(F.interpolate, size=size, scale_factor=scale_factor, mode=mode, align_corners=align_corners)
         options = {"recompute_scale_factor": recompute_scale_factor, "antialias": antialias}
         return Local((input,), dims, partial(native, **options))
-    if antialias or mode not in _TAPS:
-        option = "antialias=True" if antialias else f"mode={mode!r}"
-        return NotLocal(f"resamples with {option}", _WAY_OUT)
+    if mode not in (_FILTERS if antialias else [*_TAPS, "area"]):
+        return NotLocal(f"resamples with mode={mode!r}{' and antialias=True' if antialias else ''}", _WAY_OUT)
     corners = bool(align_corners)
     if any(isinstance(number, Symbol) for number in (*lengths, *targets)):
-        regular = [_constant_rate(scale, corners, recompute_scale_factor) for scale in scales]
+        irregular = corners or antialias or mode == "area"
+        regular = [_constant_rate(scale, irregular, recompute_scale_factor) for scale in scales]
         windows: dict[int, Window] = {dim: _nominal(mode, scale) for dim, scale in enumerate(regular, start=2)}
         return Local((input,), dims, lambda block: block, windows)
     scales = (None,) * axes if recompute_scale_factor else scales
     plan = [
-        _Axis(mode, length, target, scale, corners)
+        _Axis(mode, length, target, scale, corners, antialias)
         for length, target, scale in zip(map(_integer, lengths), map(_integer, targets), scales, strict=True)
     ]
     windows = {dim: _window(axis) for dim, axis in enumerate(plan, start=2)}
     if all(axis.factor for axis in plan):
         run = _natively
-    elif _TAPS[mode] == 1:
+    elif _TAPS.get(mode) == 1:
         run = _nearest_rows
     else:
         run = _weighted_sums
@@ -259,7 +336,7 @@ def interpolate(
 
 
 def _arguments_problem(
-    x: Value, sizes: tuple[Any, ...], scales: tuple[Any, ...], mode: str, align_corners: bool | None
+    x: Value, sizes: tuple[Any, ...], scales: tuple[Any, ...], mode: str, align_corners: bool | None, antialias: bool
 ) -> NotLocal | None:
     if any(isinstance(given, Unknown) for given in (*sizes, *scales)):
         return NotLocal("resamples to a size that is not known before the call")
@@ -269,7 +346,8 @@ def _arguments_problem(
         (size is None) != (scale is None) for size, scale in zip(sizes, scales, strict=True)
     )
     corners = align_corners is None or _TAPS.get(mode, 1) > 1
-    if not numbers or not corners or x.rank not in _RANKS.get(mode, (x.rank,)):
+    filtered = not antialias or (mode in _FILTERS and x.rank == 4)
+    if not numbers or not corners or not filtered or x.rank not in _RANKS.get(mode, (x.rank,)):
         return NotLocal(f"resamples {x.rank} dimensions in mode '{mode}' with arguments that torch refuses")
     return None
 
@@ -300,9 +378,12 @@ def _resized(dim: Dim, size: Size) -> Dim:
     return Dim(dim.tag, int(size) if isinstance(size, Extent) else size)
 
 
-def _constant_rate(scale: Any, align_corners: bool, recompute: bool | None) -> float | None:
-    """The scale factor, if it is the rate at which output rows advance for images of every size; else None."""
-    if scale is None or isinstance(scale, Symbol) or align_corners:
+def _constant_rate(scale: Any, irregular: bool, recompute: bool | None) -> float | None:
+    """The scale factor, if it is the rate at which output rows advance for images of every size; else None.
+
+    `irregular` says that it is not in this mode.
+    """
+    if scale is None or isinstance(scale, Symbol) or irregular:
         return None
     return None if recompute and not float(scale).is_integer() else scale
 

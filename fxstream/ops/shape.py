@@ -11,7 +11,8 @@ from torch import nn
 
 from ..geometry.axes import Dim, Size, Symbol, Value, is_extent, is_extent_of, product, reshaped
 from .arguments import as_tuple, unpacked
-from .registry import Answer, Fact, Local, NotLocal, Unknown, register
+from .derived import derived, typed
+from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Typed, Unknown, register
 
 
 @register(nn.Identity)
@@ -51,6 +52,8 @@ def attribute(input: Any, name: str) -> Answer:
         return transpose(input, -2, -1)
     if name == "T":
         return _permuted(input, range(input.rank)[::-1])
+    if name in ("dtype", "device"):
+        return Fact(typed(input, lambda like: getattr(like, name)))
     return NotLocal(f"reads the attribute {name} of a value")
 
 
@@ -126,12 +129,12 @@ def view(input: Any, *sizes: Any, shape: Any = None, size: Any = None) -> Answer
 def _constant_resized(tensor: Any, sizes: tuple[Any, ...], function: Callable[..., torch.Tensor]) -> Answer:
     """The answer for `function(tensor, sizes)` on a tensor that does not depend on the image.
 
-    Some sizes are read off values, none along a streamed axis: at a call the result is a tensor, and nothing streams.
+    Some sizes are read off values: at a call the result is a tensor, and nothing streams.
     """
     if not all(isinstance(size, (int, Symbol)) for size in sizes):
         return NotLocal("is given sizes that are not known before the call")
-    if any(map(is_extent, sizes)):
-        return NotLocal("gives a tensor the extent of a streamed axis")
+    if isinstance(tensor, (Typed, Pending)):
+        return derived(function, (tensor, sizes), {})
     if isinstance(tensor, Unknown) or any(isinstance(size, Symbol) for size in sizes):
         return Fact(Unknown("a view"))
     with torch.enable_grad():  # rules run without gradients in the backward pass, but this result needs them
@@ -200,7 +203,7 @@ def expand(input: Any, *sizes: Any, size: Any = None) -> Answer:
         return _expanded_value(input, given)
     if not any(map(is_extent, given)):
         return _constant_resized(input, given, torch.Tensor.expand)
-    return _expanded_constant(input, given)
+    return _expanded_constant(input, given) or derived(torch.Tensor.expand, (input, given), {})
 
 
 @register("expand_as")
@@ -215,10 +218,17 @@ def repeat(input: Any, *repeats: Any) -> Answer:
         return _repeated_value(input, counts)
     extents = [is_extent(count) for count in counts]
     if any(extents) and all(extent or count == 1 for extent, count in zip(extents, counts, strict=True)):
-        return _expanded_constant(
-            input, [count if extent else -1 for extent, count in zip(extents, counts, strict=True)]
-        )
+        sizes = [count if extent else -1 for extent, count in zip(extents, counts, strict=True)]
+        return _expanded_constant(input, sizes) or derived(_repeated, (input, counts), {})
     return _constant_resized(input, counts, torch.Tensor.repeat)
+
+
+def _repeated(tensor: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The tensor repeated; a view of it, where only dimensions of size 1 are."""
+    sizes = (1,) * (len(counts) - tensor.dim()) + tuple(tensor.shape)
+    if all(1 in pair for pair in zip(sizes, counts, strict=True)):
+        return tensor.expand([max(pair) for pair in zip(sizes, counts, strict=True)])
+    return tensor.repeat(*counts)
 
 
 def _repeated_value(x: Value, counts: Sequence[Any]) -> Answer:
@@ -246,8 +256,10 @@ def _expanded_value(x: Value, sizes: Sequence[Size]) -> Answer:
     return Local((x,), tuple(dims), lambda block: block.expand(kept), aliases=x)
 
 
-def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer:
+def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer | None:
     """The answer for a tensor that does not depend on the image and is expanded to the extents of streamed axes.
+
+    None if these are not all axes that are streamed.
 
     Example: the class token of a vision transformer, expanded to the size of the batch.
     """
@@ -258,12 +270,13 @@ def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer:
     if any(not is_extent_of(size, source.dims[source.position(size.tag)]) for size in extents.values()):
         return NotLocal("expands a tensor to the extents of different values")
     if {size.tag for size in extents.values()} != set(source.tags()) or len(extents) != len(source.tags()):
-        return NotLocal("expands a tensor to the extents of some of the streamed axes only")
+        return None
     if isinstance(tensor, Unknown):
         whole: tuple[Any, ...] = tuple(1 if index in extents else Symbol() for index in range(len(sizes)))
     else:
         whole = (1,) * (len(sizes) - tensor.dim()) + tuple(tensor.shape)
-    if any(whole[index] != 1 for index in extents):
+    own = {index: size.tag for index, size in extents.items() if whole[index] != 1}
+    if any(whole[index] != extents[index] for index in own):
         return NotLocal("expands a tensor that has an extent of its own along a streamed axis")
     dims = tuple(
         source.dims[source.position(extents[index].tag)]
@@ -272,9 +285,13 @@ def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer:
         for index, size in enumerate(sizes)
     )
     positions = {index: source.position(extents[index].tag) for index in extents}
+    operands: tuple[Any, ...] = (source,)
+    if own or isinstance(tensor, Typed):
+        new = len(sizes) - tensor.dim()
+        operands = (source, Sliced(tensor, {index - new: tag for index, tag in own.items()}))
 
-    def run(block: torch.Tensor) -> torch.Tensor:
+    def run(block: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
         shape = [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
-        return torch.Tensor.expand(tensor, shape)
+        return torch.Tensor.expand(rows[0] if rows else tensor, shape)
 
-    return Local((source,), dims, run)
+    return Local(operands, dims, run)

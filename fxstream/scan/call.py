@@ -70,7 +70,8 @@ class Call:
             attributes[path][name] = tensor
         axes = self.settings.axes
         sizes = zip(self.settings.names, self.shape, strict=True)
-        value = Value(tuple(Dim(name if name in axes else None, size) for name, size in sizes), IMAGE)
+        dims = tuple(Dim(name if name in axes else None, size) for name, size in sizes)
+        value = Value(dims, IMAGE, image.new_empty(0, device=self.device))
         freeze = self.settings.freeze_batchnorm
         return lower(self.graph, value, image.requires_grad, inputs, self.modules, attributes, axes, freeze)
 

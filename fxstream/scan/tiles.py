@@ -16,7 +16,7 @@ from ..geometry.axes import IMAGE, Extent, Value
 from ..geometry.grid import Index, Tile
 from ..geometry.schedule import readers
 from ..graph.nodes import label, leaves
-from ..ops import Noise, Sliced, Total, Totals
+from ..ops import Noise, Sliced, Total, Totals, Typed
 from .budget import Budget
 from .call import Call
 from .carry import Stitch, TensorLayout, index_of, stitch
@@ -57,6 +57,10 @@ class Scan:
         self.outputs = self._outputs()
         self.handed = {output.value for output in self.outputs.values()}
         """The values of which the outputs are made."""
+        self.typing = {leaf.of.index for leaf in leaves(self.program.returns) if isinstance(leaf, Typed) and leaf.of}
+        """The values whose types the graph returns, or tensors of these types."""
+        self.likes: dict[int, torch.Tensor] = {}
+        """For each of these values an empty tensor of its type, once a block has been computed."""
         self.layouts: dict[tuple[int, int], TensorLayout] = {}
         self.noise: dict[tuple[int, int], torch.Tensor] = {}
         """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
@@ -78,6 +82,8 @@ class Scan:
         by_key = dict(zip(self.outputs, outputs, strict=True))
 
         def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Typed):
+                return leaf.make(None if leaf.of is None else self.likes[leaf.of.index])
             return by_key[_key(leaf)] if isinstance(leaf, (Value, Total)) else leaf
 
         return tuple(_as_size(tree_map(fill, returned)) for returned in self.program.returns)
@@ -186,7 +192,9 @@ class Scan:
 
     def _on_leaves(self) -> Scan:
         """The same scan with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
-        return Scan(self.call, detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
+        scan = Scan(self.call, detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
+        scan.likes = self.likes
+        return scan
 
     def _record(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> RecordedTile:
         """Compute a tile with autograd."""
@@ -224,11 +232,13 @@ class Scan:
         kept: dict[Key, torch.Tensor] = {}
         for value, step in self.program.computed():
             # Of several results of an operation, some may be of no use.
-            used = bool(self.readers[value]) or value in self.handed
+            used = bool(self.readers[value]) or value in self.handed or value in self.typing
             runs = used and self.grid.runs(value, tile)
             block = self._run(value, step, tile, waiting, source) if runs else None
             if block is not None and value in self.handed:
                 blocks[value] = block
+            if block is not None and value in self.typing:
+                self.likes[value] = block.new_empty(0)
             layout = self._layout(value, tile)
             if layout.idle:
                 continue
@@ -253,14 +263,20 @@ class Scan:
         self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: Source
     ) -> torch.Tensor:
         """Run a step on what its operands have for this tile. `waiting` are the blocks that its readers wait for."""
-        operands = []
+        operands: list[Any] = []
+        typed: list[tuple[int, Sliced, Typed]] = []
         edge = 0
         for operand in step.local.operands:
+            if isinstance(operand, Sliced) and isinstance(operand.tensor, Typed):
+                typed.append((len(operands), operand, operand.tensor))
+                operands.append(None)
+                continue
             if isinstance(operand, Sliced):
-                rows = self._rows(operand.dims, operand.tensor.dim(), value, tile)
-                slot = self.slots.get(id(operand.tensor))
+                given: Any = operand.tensor
+                rows = self._rows(operand.dims, given.dim(), value, tile)
+                slot = self.slots.get(id(given))
                 # What a rule has made of a tensor has no slot: its graph leads to the one that has.
-                operands.append(operand.tensor[rows] if slot is None else source.tensor(slot, rows))
+                operands.append(given[rows] if slot is None else source.tensor(slot, rows))
                 continue
             if isinstance(operand, Noise):
                 operands.append(self._drawn(operand, value, len(operands), tile, operands[0]))
@@ -271,6 +287,9 @@ class Scan:
             else:
                 operands.append(waiting.pop((value, edge)))
             edge += 1
+        for place, sliced, tensor in typed:
+            like = None if tensor.of is None else operands[step.local.operands.index(tensor.of)]
+            operands[place] = tensor.make(like)[self._rows(sliced.dims, tensor.dim(), value, tile)]
         streamed = self.grid.spans(value, 0, tile)
         return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
 

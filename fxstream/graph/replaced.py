@@ -1,0 +1,124 @@
+"""Functions of Python and torch that are replaced while a model is traced, since they would miss or misread a proxy."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx.proxy import Proxy
+from torch.overrides import TorchFunctionMode
+
+from .facts import UnknownFactError
+from .nodes import leaves
+from .proxy import RecordingProxy, UnrecordedError
+
+_FACTORIES = (
+    *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
+    *("rand", "randn", "randint", "tensor", "as_tensor", "scalar_tensor"),
+)
+"""Functions that make a tensor from sizes, numbers or other tensors."""
+_QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+"""What a forward may ask torch about a call; the answer of the conversion would stay in the graph."""
+
+
+@contextmanager
+def replaced_functions(record: Callable[..., Proxy], recording: Callable[[], bool]) -> Iterator[None]:
+    """In this context, some functions record a call with a proxy, answer it, or refuse it.
+
+    `record` makes a node, with the arguments of `fx.Tracer.create_proxy`. `recording` tells whether it is the traced
+    forward that asks.
+
+    - Functions that make tensors record it. Torch itself asks a proxy only where it expects a tensor.
+    - An autograd.Function refuses it, and questions about the state of a call refuse whoever asks.
+    - `isinstance` answers as for the value itself. A proxy cannot do that by its `__class__`, since the C++ code of
+      torch, too, would then take it for a tensor.
+    """
+    with torch.device("meta"):
+        torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
+    made = {name: getattr(torch, name) for name in _FACTORIES}
+    asked = {name: getattr(torch, name) for name in _QUESTIONS}
+    apply, instance = vars(torch.autograd.Function)["apply"], builtins.isinstance
+    factories = _Factories(made.values(), record)
+    for name, function in made.items():
+        setattr(torch, name, factories.instead_of(function))
+    for name, function in asked.items():
+        setattr(torch, name, _refused_question(function, recording))
+    torch.autograd.Function.apply = _refused_function(apply)
+    builtins.isinstance = _answered(instance)
+    try:
+        with factories:
+            yield
+    finally:
+        builtins.isinstance = instance
+        torch.autograd.Function.apply = apply
+        for name, function in {**made, **asked}.items():
+            setattr(torch, name, function)
+
+
+class _Factories(TorchFunctionMode):
+    """Records calls of some functions with a proxy, whatever name they are called by."""
+
+    def __init__(self, functions: Any, record: Callable[..., Proxy]):
+        super().__init__()
+        self._functions, self._record = set(functions), record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return self.instead_of(func)(*args, **kwargs) if func in self._functions else func(*args, **kwargs)
+
+    def instead_of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which is recorded if it is called with a proxy."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Proxy) for leaf in leaves((args, kwargs))):
+                return self._record("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+
+def _refused_function(apply: Any) -> Any:
+    """`autograd.Function.apply`, which refuses a proxy."""
+
+    def refuse(kind: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            raise UnrecordedError(f"it calls {kind.__name__}, an autograd.Function, which fx does not record")
+        return apply.__get__(None, kind)(*args, **kwargs)
+
+    return classmethod(refuse)
+
+
+def _refused_question(function: Callable[..., Any], recording: Callable[[], bool]) -> Callable[..., Any]:
+    """The function, which answers torch and us, but refuses a user's forward while it is being traced."""
+
+    def answer(*args: Any) -> Any:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if not recording() or asking.partition(".")[0] in ("torch", "fxstream"):
+            return function(*args)
+        raise UnrecordedError(f"it asks torch.{function.__name__}(), whose answer fx does not record")
+
+    return answer
+
+
+def _answered(original: Callable[..., bool]) -> Callable[..., bool]:
+    """`isinstance`, which gives the right answer for a proxy, or refuses to if that is not known."""
+
+    def answer(value: Any, classes: Any) -> bool:
+        if type(value) is not RecordingProxy or original(value, classes):
+            return original(value, classes)
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.startswith(("torch.fx.", "torch.nn.parameter", "fxstream.")):
+            return False  # they ask whether it is a proxy
+        try:
+            return issubclass(value.tracer.facts.type_of(value.node), classes)
+        except UnknownFactError:
+            if asking.startswith("torch."):
+                return False
+            what = f"it asks for the type of {value.node.name}, which is not known while it is traced"
+            raise UnrecordedError(what) from None
+
+    return answer

@@ -1,0 +1,94 @@
+"""Variants: the graphs of a converted model for calls that the graph of the conversion does not serve.
+
+A graph takes the constants among the arguments for granted, and what the forward has asked about its tensors. A call
+with other ones gets a graph of its own, traced when it is first needed. The latest ones are kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from ..errors import NothingToStreamError, TraceError
+from ..graph.arguments import Given, Slot, form_of, surroundings
+from ..graph.example import rejection
+from ..graph.partition import Partition, partition
+from ..graph.prefix import Prefix, find_prefix, image_node
+from ..graph.trace import Trace, trace
+from ..scan.settings import Settings
+from .streamed import Streamed
+
+MOST = 16
+"""So many variants are kept."""
+
+
+def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> tuple[Prefix, Partition]:
+    """Find the prefix of a traced model, and partition the graph so that this is one call of the submodule `name`.
+
+    Raises NothingToStreamError if no operation at its front is local.
+    """
+    node = image_node(traced.graph, image)
+    prefix = find_prefix(traced, node, settings.names, settings.axes, settings.freeze_batchnorm)
+    if not prefix.nodes:
+        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
+        raise NothingToStreamError(
+            f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
+        )
+    return prefix, partition(prefix, name)
+
+
+class Variant(NamedTuple):
+    """A graph for some calls of a converted model."""
+
+    given: Given
+    """The calls that it serves."""
+    forward: Callable[..., Any]
+    """The graph's code, a function of `seen` and of the arguments in the order of `given`."""
+    seen: Any
+    """The converted model as this code sees it."""
+
+
+class Variants:
+    """The latest variants of a converted model."""
+
+    def __init__(self) -> None:
+        self._found: deque[Variant] = deque(maxlen=MOST)
+
+    def serving(self, owner: Any, arguments: Mapping[Slot, Any]) -> Variant:
+        """A variant that serves a call, made if there is none. Raises what `fxstream.convert` raises."""
+        for variant in self._found:
+            if variant.given.holds(arguments, lambda: surroundings(owner)):
+                return variant
+        self._found.appendleft(_new(owner, arguments))
+        return self._found[0]
+
+
+def _new(owner: Any, arguments: Mapping[Slot, Any]) -> Variant:
+    plain = owner.plain()
+    forms = {slot: form_of(value) for slot, value in arguments.items()}
+    settings = owner.get_submodule(owner.streamed_name).settings
+    try:
+        traced = trace(plain, forms, {}, settings.freeze_batchnorm)
+    except TraceError as error:
+        # What the model itself refuses, it refuses in its own words.
+        raise rejection(plain, forms, error) or error from None
+    prefix, parts = rewrite(traced, owner.image_name, settings, owner.streamed_name)
+    streamed = Streamed(parts.streamed, settings, prefix.trace.assumptions)
+    streamed.bind(owner)
+    code = fx.GraphModule({}, fx.Graph())
+    code.graph = parts.outer
+    seen = _Seen(owner, {owner.streamed_name: streamed, **prefix.trace.constants})
+    return Variant(prefix.trace.assumptions.given, type(code).forward, seen)
+
+
+class _Seen:
+    """A converted model with other values for some attributes."""
+
+    def __init__(self, owner: nn.Module, own: Mapping[str, Any]):
+        vars(self).update(_owner=owner, **own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner, name)

@@ -1,0 +1,109 @@
+"""Small random images, and the other arguments of a forward, with which a model may run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph.arguments import Parameters, Question, Slot, Unspecified
+from ..graph.prefix import Prefix
+
+SIZES = {
+    1: (64, 128, 256, 1024, 4096, 32),
+    2: (64, 96, 128, 224, 256, 32, 512),
+    3: (16, 32, 48, 64, 24),
+}
+"""Sizes of all spatial axes to try, by the number of spatial axes."""
+MOST = 2**24
+"""An image of more elements is not small."""
+_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.LazyConv1d, nn.LazyConv2d, nn.LazyConv3d)
+
+Arguments = dict[str, Any]
+"""Arguments of a forward, by the names of the placeholders of its graph."""
+
+
+def candidates(prefix: Prefix, channels: int | None, example_input: Any) -> Iterator[Arguments]:
+    """Arguments to try, the likeliest first.
+
+    Args:
+        prefix: says what the image is.
+        channels: the number of channels that the image must have, if that is known.
+        example_input: an image, whose shape comes first; or a tuple of all arguments, which are the only ones.
+    """
+    model, given = prefix.trace.root, prefix.trace.assumptions.given
+    parameters = Parameters.of(type(model))
+    if isinstance(example_input, tuple):
+        yield {slot.name: value for slot, value in parameters.bound(example_input, {}).items()}
+        return
+    like = _like(model, example_input)
+    generator = torch.Generator().manual_seed(0)
+    defaults = parameters.unbound()
+    shapes = _shapes(prefix, channels, example_input)
+    if given.question is Question.SHAPE:  # the graph holds for this one alone
+        shape = given.form_of(str(prefix.image.target)).shape
+        shapes = iter([shape] if math.prod(shape) <= MOST else [])
+    for shape in shapes:
+        yield {
+            slot.name: _random(shape, like, generator)
+            if isinstance(value, Unspecified) or slot.name == prefix.image.target
+            else value
+            for slot, value in defaults.items()
+        }
+
+
+def call(model: nn.Module, slots: Iterable[Slot], parameters: Parameters, arguments: Arguments) -> Any:
+    """Call a model with these arguments."""
+    args, kwargs = parameters.passed({slot: arguments[slot.name] for slot in slots})
+    return model(*args, **kwargs)
+
+
+def _like(model: nn.Module, example_input: Any) -> torch.Tensor:
+    """A tensor of the dtype and on the device of the image."""
+    floating = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    device = floating[0].device if floating else torch.device("cpu")
+    dtype = floating[0].dtype if floating else torch.get_default_dtype()
+    if isinstance(example_input, torch.Tensor):
+        dtype = example_input.dtype
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _random(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if like.is_floating_point() or like.is_complex():
+        dtype = like.dtype if like.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+        return torch.randn(shape, dtype=dtype, generator=generator, device="cpu").to(like)
+    return torch.randint(0, 2, shape, generator=generator, device="cpu").to(like)
+
+
+def _shapes(prefix: Prefix, channels: int | None, example_input: torch.Tensor | None) -> Iterator[tuple[int, ...]]:
+    axes = len(prefix.names) - 2
+    known = channels
+    if example_input is not None:
+        if 0 < example_input.numel() <= MOST:
+            yield tuple(example_input.shape)
+        known = known or int(example_input.shape[1])
+    known = known or _read_channels(prefix)
+    for batch in (2, 1):
+        for size in SIZES[axes]:
+            for count in (known,) if known else (3, 1, 4):
+                shape = (batch, count, *(size,) * axes)
+                if math.prod(shape) <= MOST:
+                    yield shape
+
+
+def _read_channels(prefix: Prefix) -> int | None:
+    """The channels that a convolution reads from the image, past operations that keep them; or else the first one."""
+    waiting, seen = [prefix.image], {prefix.image}
+    for node in waiting:
+        module = prefix.trace.module_of(node)
+        if isinstance(module, _CONVOLUTIONS):
+            return module.in_channels or None
+        # Behind a module that is no activation there may be other channels.
+        new = [user for user in node.users if user not in seen]
+        waiting += new
+        seen.update(new)
+    found = (module for module in prefix.trace.modules.values() if isinstance(module, _CONVOLUTIONS))
+    return next((module.in_channels for module in found if module.in_channels), None)
