@@ -186,8 +186,7 @@ class Backend:
             _check_not_split()
             return self._streaming(captured)
         except UncapturedError as why:
-            warnings.warn(f"a captured graph runs as it is: {why}", StreamingWarning, stacklevel=2)
-            return _AsItIs(captured, str(why))
+            return _AsItIs(captured, str(why), warns=True)
         except Exception as error:  # whatever it is: the call raises it
             return _Raising(error)
 
@@ -204,7 +203,8 @@ class Backend:
                 capture = read(captured, image, self.freeze_batchnorm, kept)
                 prefix, parts = rewrite(capture.trace, str(capture.image.target), settings, _NAME)
         except NothingToStreamError as error:
-            return _AsItIs(captured, str(error), raises=not is_resumed(captured.graph))
+            resumed = is_resumed(captured.graph)
+            return _AsItIs(captured, str(error), warns=resumed, raises=not resumed)
         warn_if_short(prefix)
         part = Streamed(parts.streamed, settings, Assumptions({}, {}, ()))
         restore_regions(parts.outer)
@@ -277,12 +277,14 @@ class _Streaming:
 class _AsItIs:
     """Runs a graph as it was captured.
 
-    With `raises`, only if another graph of the same call has streamed.
+    With `warns`, it says so, unless `compile` watches the call. With `raises`, it does so only if another graph of the
+    same call has streamed.
     """
 
-    def __init__(self, captured: fx.GraphModule, reason: str, raises: bool = False):
+    def __init__(self, captured: fx.GraphModule, reason: str, warns: bool = False, raises: bool = False):
         self.captured = captured
         self.reason = reason
+        self.warns = warns
         self.raises = raises
 
     def __call__(self, *inputs: Any) -> Any:
@@ -291,6 +293,8 @@ class _AsItIs:
             raise NothingToStreamError(self.reason)
         if call is not None:
             call.reasons.append(self.reason)
+        elif self.warns:
+            warnings.warn(f"a captured graph runs as it is: {self.reason}", StreamingWarning, stacklevel=2)
         return self.captured.forward(*inputs)
 
 

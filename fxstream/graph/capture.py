@@ -36,7 +36,7 @@ _RENAMED = {getattr(operator, name): function for name, function in inplace.FUNC
 _RENAMED[torch._C._nn.pad] = F.pad
 _RESHAPING = ("view", "reshape", torch.reshape)
 _EXPANDING = ("expand", "broadcast_to", torch.broadcast_to)
-_REGISTRIES = ("__dict__", "_modules", "_parameters", "_buffers")
+_REGISTRIES = ("__self__", "__dict__", "_modules", "_parameters", "_buffers")
 _TRAINING = 5
 """The position of `training` among the arguments of `F.batch_norm`."""
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -336,7 +336,7 @@ def _paths(node: fx.Node) -> list[str]:
 def _path(written: str) -> str:
     """A module's path, from how TorchDynamo writes it: "L['self']._modules['layer1'].0" is "layer1.0"."""
     _, _, path = written.partition("]")
-    for before, after in (("._modules['", "."), ("']", ""), ("[", "."), ("]", "")):
+    for before, after in ((".__self__", ""), ("._modules['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(before, after)
     return path.strip(".")
 
