@@ -75,7 +75,7 @@ def compile(
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        WrappedModelError, ShardedError: as `fxstream.convert` raises them.
+        WrappedModelError: the model is converted, or wrapped by torch.compile, DistributedDataParallel or the like.
         StreamingError: `image` is not an argument of the model's forward.
         MemoryBudgetError, TileShapeError: at once or, if only the image can tell, at the first call.
 
@@ -343,7 +343,8 @@ class _WatchedCall:
         if changed := [path for path in {**self.hooks, **now} if self.hooks.get(path) != now.get(path)]:
             raise HookError(
                 f"{changed[0] or 'the model'} has other hooks than at the first call, which torch.compile would not "
-                "see. Way out: register hooks before the first call, or torch.compiler.reset() and call it again"
+                "see. Way out: register hooks before the first call; or call torch.compiler.reset(), and fxstream.compile "
+                "again"
             )
 
     def _counters(self) -> dict[str, int]:
@@ -370,7 +371,7 @@ class _WatchedCall:
         message = f"nothing was streamed in this call of {type(self.model).__name__}, which was computed whole:{why}"
         if self.strict:
             raise PlainCallError(message)
-        warnings.warn(message, StreamingWarning, stacklevel=5)
+        warnings.warn(message, StreamingWarning, stacklevel=6)
 
 
 @contextmanager

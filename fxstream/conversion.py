@@ -111,6 +111,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     check_unwrapped(model)
+    _check_whole(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
@@ -188,7 +189,7 @@ def _check_names(traced: Trace) -> None:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raises WrappedModelError or ShardedError if a model is not a plain one."""
+    """Raises WrappedModelError if a model is converted or wrapped."""
     if isinstance(model, Converted):
         raise WrappedModelError(
             "the model is converted already. Way out: set its tile_shape, or convert the original model"
@@ -199,6 +200,9 @@ def check_unwrapped(model: nn.Module) -> None:
                 f"the model is wrapped by {name}. Way out: convert the model itself, and wrap the result: "
                 f"{name}(fxstream.convert(model, tile_shape))"
             )
+
+
+def _check_whole(model: nn.Module) -> None:
     if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise ShardedError(
             f"{sharded[0]} is only a shard (DTensor). Way out: convert the model first, and fully_shard the result"

@@ -205,6 +205,9 @@ class _Reader:
         name = node.name
         if node.op == "placeholder":
             name = target = _identifier(node)
+            if isinstance(_example(node), torch.SymInt) and _of_module(node):
+                # A stride or the like, which torch takes to be variable under FSDP. This adds a guard.
+                node.meta["example_value"] = int(_example(node))
         self._add(node, self.graph.create_node(node.op, target, args, kwargs, name))
 
     def _open(self, node: fx.Node) -> None:
