@@ -103,9 +103,8 @@ def compile(
     # A torch that lacks one of these does without: it makes at most 8 captures, for all models of a class together.
     known = inspect.signature(torch.compile).parameters
     wanted = {"isolate_recompiles": True, "recompile_limit": _CAPTURES}
-    model.compile(backend=used, dynamic=True, **{name: value for name, value in wanted.items() if name in known})
-    compiled = model._compiled_call_impl
-    assert compiled is not None, "it has just been compiled"
+    options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    compiled = torch.compile(_captured_call(model), backend=used, dynamic=True, **options)
     model._compiled_call_impl = _WatchedCall(model, compiled, freeze_batchnorm, strict)
     return model
 
@@ -343,8 +342,8 @@ class _WatchedCall:
         if changed := [path for path in {**self.hooks, **now} if self.hooks.get(path) != now.get(path)]:
             raise HookError(
                 f"{changed[0] or 'the model'} has other hooks than at the first call, which torch.compile would not "
-                "see. Way out: register hooks before the first call; or call torch.compiler.reset(), and fxstream.compile "
-                "again"
+                "see. Way out: register hooks before the first call; or call torch.compiler.reset(), and then "
+                "fxstream.compile again"
             )
 
     def _counters(self) -> dict[str, int]:
@@ -385,6 +384,18 @@ def _watching() -> Iterator[_CallInProgress]:
         _CALL.reset(token)
         if around is not None:
             around.streamed |= call.streamed
+
+
+def _captured_call(model: nn.Module) -> Runnable:
+    """The call of a model, as a function whose code TorchDynamo captures."""
+    if not type(model).forward.__module__.startswith("torch.nn."):
+        return model._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The forward of a Sequential is torch's own code, which is captured only as a part of other code.
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    return call
 
 
 def _check_image_name(model: nn.Module, image: str | None) -> None:

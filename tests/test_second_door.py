@@ -20,6 +20,7 @@ import fxstream
 from fxstream import compilation
 from fxstream.compilation import named_backend
 from fxstream.graph.prefix import Prefix
+from fxstream.ops import registry
 from fxstream.testing import compare
 
 Prefixes = list[Prefix]
@@ -52,8 +53,13 @@ def conv(inputs: int = 3, outputs: int = 4, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
+def chain(*layers: nn.Module) -> nn.Module:
+    """Not a Sequential itself: `model.compile()` of an old torch runs that as it is."""
+    return Body(lambda self, x: self.layers(x), layers=nn.Sequential(*layers))
+
+
 def net() -> nn.Module:
-    return nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), conv(4, 2))
+    return chain(conv(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), conv(4, 2))
 
 
 def check(
@@ -122,8 +128,8 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
         with_token, first=conv(), token=nn.Parameter(torch.ones(1, 1, 1, 1))
     ),
     "in place": lambda: Body(overwritten, first=conv(), second=conv(4, 4), scale=nn.Parameter(torch.ones(4, 1, 1))),
-    "assigned weight": lambda: nn.Sequential(MaxNorm(3, 4, 3), nn.ReLU(), conv(4, 2)),
-    "weight norm": lambda: nn.Sequential(weight_norm(conv()), nn.PReLU(4)),
+    "assigned weight": lambda: chain(MaxNorm(3, 4, 3), nn.ReLU(), conv(4, 2)),
+    "weight norm": lambda: chain(weight_norm(conv()), nn.PReLU(4)),
     "transposed": lambda: Body(
         lambda self, x: self.second(self.first(x), output_size=[2 * x.shape[2], 2 * x.shape[3]]),
         first=conv(),
@@ -186,7 +192,7 @@ def test_modes_and_attributes_follow_the_guards() -> None:
 
 
 def test_the_batch_streams(prefixes: Prefixes) -> None:
-    model = nn.Sequential(conv(bias=False), nn.InstanceNorm2d(4, affine=True), nn.AdaptiveAvgPool2d(3))
+    model = chain(conv(bias=False), nn.InstanceNorm2d(4, affine=True), nn.AdaptiveAvgPool2d(3))
     check(model, batch=5, tile=(2, None, None, None))
     assert whole(prefixes)
 
@@ -194,7 +200,7 @@ def test_the_batch_streams(prefixes: Prefixes) -> None:
 @pytest.mark.parametrize("rank", [3, 5])
 def test_other_numbers_of_spatial_axes(rank: int, prefixes: Prefixes) -> None:
     layer: Any = {3: nn.Conv1d, 5: nn.Conv3d}[rank]
-    model = nn.Sequential(layer(3, 4, 3), nn.ReLU(), layer(4, 2, 3)).double()
+    model = chain(layer(3, 4, 3), nn.ReLU(), layer(4, 2, 3)).double()
     compiled = copy.deepcopy(model)
     compiled.compile(backend=fxstream.backend(5))
     compare(model, compiled, torch.randn(2, 3, *[13] * (rank - 2)))
@@ -223,10 +229,10 @@ def test_one_capture_serves_every_instance_of_a_class(prefixes: Prefixes) -> Non
 def test_nothing_of_the_capture_is_kept() -> None:
     model = fxstream.compile(net().eval(), 16)
     image = torch.randn(1, 3, 40, 36)
-    weight = model.get_parameter("0.weight")
+    weight = model.get_parameter("layers.0.weight")
     freed = [weakref.ref(image), weakref.ref(weight)]
     model(image)
-    model.get_submodule("0").weight = nn.Parameter(torch.zeros_like(weight))
+    model.get_submodule("layers.0").weight = nn.Parameter(torch.zeros_like(weight))
     del image, weight
     gc.collect()
     assert [reference() for reference in freed] == [None, None]
@@ -355,11 +361,11 @@ def test_a_custom_function_ends_the_streamed_part(prefixes: Prefixes) -> None:
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_frozen_batch_norms_use_and_keep_their_running_statistics(kind: Any, prefixes: Prefixes) -> None:
-    model = randomise(nn.Sequential(conv(), kind(4), nn.ReLU(), conv(4, 2)).double())
+    model = randomise(chain(conv(), kind(4), nn.ReLU(), conv(4, 2)).double())
     compiled = copy.deepcopy(model)
     fxstream.compile(compiled, 16, freeze_batchnorm=True, strict=True)
     compare(model.eval(), compiled.train(), torch.randn(2, 3, 40, 36))
-    assert compiled.get_buffer("1.num_batches_tracked") == 0
+    assert compiled.get_buffer("layers.1.num_batches_tracked") == 0
     assert whole(prefixes)
 
 
@@ -464,16 +470,18 @@ def first_error(model: nn.Module, *options: Any, **named: Any) -> None:
 @pytest.mark.parametrize("suppressed", [False, True])
 def test_nothing_to_stream(suppressed: bool) -> None:
     """Neither wrapped nor swallowed, as torch does with what a backend raises itself."""
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(3), conv())
+    model = chain(nn.AdaptiveAvgPool2d(3), conv())
     with (
         torch._dynamo.config.patch(suppress_errors=suppressed),
-        pytest.raises(fxstream.NothingToStreamError, match=r"^nothing at the front(.|\n)*0.*over the whole image"),
+        pytest.raises(
+            fxstream.NothingToStreamError, match=r"^nothing at the front(.|\n)*layers.0.*over the whole image"
+        ),
     ):
         first_error(model, backend=fxstream.backend(16))
 
 
 def test_an_error_keeps_nothing_of_the_capture() -> None:
-    compiled = torch.compile(nn.AdaptiveAvgPool2d(3), backend=fxstream.backend(16))
+    compiled = torch.compile(chain(nn.AdaptiveAvgPool2d(3)), backend=fxstream.backend(16))
     image = torch.randn(1, 3, 40, 36)
     freed = weakref.ref(image)
     with pytest.raises(fxstream.NothingToStreamError):
@@ -512,8 +520,25 @@ def test_what_convert_refuses_is_refused() -> None:
         fxstream.compile(net(), "auto")
 
 
+def test_a_rule_that_computes_with_a_parameter_is_an_error() -> None:
+    """Also for a parameter that is an input of the graph."""
+
+    def rule(input: Any, weight: Any) -> Any:
+        doubled = weight.sum() * 2
+        return registry.Local((input,), input.dims, lambda block: block * doubled)
+
+    rules = dict(registry._RULES)
+    try:
+        fxstream.register(F.prelu)(rule)
+        with pytest.raises(fxstream.StreamingError, match=r"computes with a tensor itself \(sum, mul\)"):
+            check(chain(conv(), nn.PReLU(4)))
+    finally:
+        registry._RULES.clear()
+        registry._RULES.update(rules)
+
+
 def test_an_image_that_is_too_small() -> None:
-    model = fxstream.compile(nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 5)), 16)
+    model = fxstream.compile(chain(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 5)), 16)
     assert model(torch.randn(1, 3, 9, 9)).shape == (1, 4, 1, 1)
     with pytest.raises(RuntimeError):
         model(torch.randn(1, 3, 8, 8))
@@ -546,8 +571,10 @@ def test_analyze_goes_through_this_door_where_the_first_cannot_trace() -> None:
 
 
 def test_stops_are_named_by_the_path_in_the_users_model(prefixes: Prefixes) -> None:
-    model = nn.Sequential(
-        nn.Sequential(conv(), nn.ReLU()), nn.Sequential(nn.Sequential(conv(4, 4, padding_mode="circular")))
-    )
-    check(model)
-    assert prefixes[0].stops[0].reason.startswith("1.0.0: ")
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Sequential(conv(), nn.ReLU()), nn.Sequential(conv(4, 4, padding_mode="circular")))
+
+    fxstream.compile(model(), 16)(torch.randn(1, 3, 40, 36))
+    assert prefixes[0].stops[0].reason.startswith("1.0: ")
+    check(chain(model()))
+    assert prefixes[1].stops[0].reason.startswith("layers.0.1.0: ")

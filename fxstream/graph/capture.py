@@ -39,7 +39,8 @@ _EXPANDING = ("expand", "broadcast_to", torch.broadcast_to)
 _REGISTRIES = ("__self__", "__dict__", "_modules", "_parameters", "_buffers")
 _TRAINING = 5
 """The position of `training` among the arguments of `F.batch_norm`."""
-_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_CHECKPOINT = "tag_activation_checkpoint"
+"""The name of what TorchDynamo makes of `torch.utils.checkpoint.checkpoint`."""
 _HARMLESS = (torch._C._log_api_usage_once,)
 """Functions that neither take nor return tensors, and that have no effect on other operations."""
 _RESUMED = "torch_dynamo_resume_in_"
@@ -190,7 +191,7 @@ class _Reader:
         if node.target is operator.getitem and isinstance(args[0], tuple) and isinstance(args[1], int):
             self.new[node] = args[0][args[1]]
             return
-        if node.target is _CHECKPOINT and node.name not in self.kept:
+        if getattr(node.target, "__name__", "") == _CHECKPOINT and node.name not in self.kept:
             self._open(node)
             return
         if node.op.startswith("call") and _example(node) is None and not _reads_tensors(node):
