@@ -10,6 +10,8 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+from .compilation import captured_prefix
+from .errors import StreamingError, TraceError
 from .estimate import Estimate, estimate
 from .graph.example import traced_with_example
 from .graph.findings import Finding
@@ -37,13 +39,14 @@ def analyze(
         image: the name of the argument of `model.forward` that is the image; by default the first.
         example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
             answer what the forward asks about its tensors. It is needed if no operation of the model tells how many
-            spatial axes there are, or if the forward refuses the images that are tried.
+            spatial axes there are, or if the forward refuses the images that are tried. With
+            an image, a model that torch.fx cannot trace is captured as `fxstream.compile` captures it.
 
     Returns:
         An `Analysis`, which `print` shows as a table.
 
     Raises:
-        TraceError: torch.fx cannot trace the model.
+        TraceError: torch.fx cannot trace the model, and there is no example_input.
         TileShapeError: nothing tells the number of spatial axes.
         StreamingError: `image` is not an argument of the model's forward.
 
@@ -56,7 +59,12 @@ def analyze(
     """
     if isinstance(model, Converted):
         model = plain_model(model)
-    traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    try:
+        traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    except TraceError:
+        if not isinstance(example_input, torch.Tensor):
+            raise
+        return Analysis(captured_prefix(model, example_input, freeze_batchnorm=freeze_batchnorm, image=image))
     names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
 
@@ -117,6 +125,10 @@ class Analysis:
             TypeError: the model needs further arguments.
         """
         found = self._found
+        if found.trace.known:
+            raise StreamingError(
+                "estimate() needs a model that torch.fx can trace. Way out: measure a step of fxstream.compile's model"
+            )
         return estimate(found.trace.root, image_shape, tile_shape, found.freeze_batchnorm, str(found.image.target))
 
     def __str__(self) -> str:

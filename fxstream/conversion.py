@@ -116,7 +116,8 @@ def convert(
     # 1. Check that the model is a plain one.
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    _check_unwrapped(model)
+    check_unwrapped(model)
+    _check_whole(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
@@ -126,7 +127,7 @@ def convert(
     # 3. Find the prefix; 4. partition the traced graph.
     name = _unused_name(model)
     prefix, parts = rewrite(traced, image, settings, name)
-    _warn_if_short(prefix)
+    warn_if_short(prefix)
     # 5. Assemble the converted model from the two.
     converted = _assemble(model, prefix, parts, name, settings)
     _warn_of_lost_names(model, converted)
@@ -193,7 +194,8 @@ def _check_names(traced: Trace) -> None:
         )
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises WrappedModelError if a model is converted or wrapped."""
     if isinstance(model, Converted):
         raise WrappedModelError(
             "the model is converted already. Way out: set its tile_shape, or convert the original model"
@@ -204,6 +206,9 @@ def _check_unwrapped(model: nn.Module) -> None:
                 f"the model is wrapped by {name}. Way out: convert the model itself, and wrap the result: "
                 f"{name}(fxstream.convert(model, tile_shape))"
             )
+
+
+def _check_whole(model: nn.Module) -> None:
     if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise ShardedError(
             f"{sharded[0]} is only a shard (DTensor). Way out: convert the model first, and fully_shard the result"
@@ -219,7 +224,7 @@ _WRAPPERS = {
 """Classes that wrap a model, by name, since importing them all would take seconds."""
 
 
-def _warn_if_short(prefix: Prefix) -> None:
+def warn_if_short(prefix: Prefix) -> None:
     """Warn if much of the work stays behind the streamed part."""
     work = work_of(prefix)
     if work is not None and (not work.unknown or work.share > MOST_BEHIND):

@@ -76,6 +76,9 @@ class Trace:
     """Path of a module that stays one call, since it was not traced through -> why it is not local."""
     constants: dict[str, torch.Tensor]
     """Target of a get_attr -> the tensor that forward made while it was traced."""
+    known: Mapping[fx.Node, Any] = field(default_factory=dict)
+    """What is known of values beforehand. For the image: its sizes, with None for one that is not known; for other
+    nodes that do not depend on it, and for these alone: what rules are given at conversion."""
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
