@@ -113,7 +113,6 @@ class _Proof:
             arguments,
             image=self.image,
             extras=self.prefix.trace.constants,
-            backward=not plain.undifferentiable,
         )
 
     # Comparison.
@@ -158,7 +157,6 @@ class _Proof:
                 lambda twin, given: call(self.tiled(twin, sizes), self.placeholders, given),
                 arguments,
                 image=self.image,
-                backward=not plain.undifferentiable,
             )
         except StreamingError:
             return  # a call raises it, too: nothing is silent
@@ -232,8 +230,6 @@ def _difference(plain: Outcome, graph: Outcome, tolerance: float) -> str | None:
         return "they draw different random numbers"
     if problem := difference(plain.state, graph.state, tolerance):
         return f"after the call, {problem}"
-    if plain.undifferentiable:
-        return None
     return gradient_difference(plain.gradients, graph.gradients, _rounding(plain))
 
 

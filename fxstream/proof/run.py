@@ -39,7 +39,7 @@ class Outcome:
     drew: bool
     """Whether random numbers were drawn."""
     undifferentiable: str = ""
-    """Why the backward pass failed; empty if it did not."""
+    """Why the backward pass failed, which leaves no gradients; empty if it did not."""
 
 
 class Bench:
