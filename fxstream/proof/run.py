@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,7 +106,6 @@ class Bench:
             # A forward may overwrite its input, which must then be no leaf.
             given[image] = given[image].clone()
         output = of_value("the output", function(given))
-        output.update(of_value("the image afterwards", given.get(image)))
         gradients: Gradients = {}
         problem = ""
         if backward:
@@ -113,6 +113,7 @@ class Bench:
                 gradients = _gradients(output, wanted)
             except RuntimeError as error:
                 problem = str(error)
+        output.update(of_value("the image afterwards", given.get(image)))
         state = of_modules(twin)
         return Outcome(output, gradients, state, RandomState(), self._random.has_changed(), problem)
 
@@ -205,6 +206,11 @@ class GraphRun(fx.Interpreter):
             return self.arguments.get(target, *args)
         return {} if target.startswith("**") else ()
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = super().call_function(target, args, kwargs)
+        # In a streamed graph, what reads the overwritten value reads this node.
+        return args[0] if target is operator.setitem else found
+
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target not in self.inlined:
             return super().call_module(target, args, kwargs)
@@ -228,8 +234,8 @@ def _detached(value: Any) -> Any:
 
 def _gradients(output: Description, wanted: dict[str, torch.Tensor]) -> Gradients:
     """Gradients for random gradients of all outputs."""
-    differentiable = (value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad)
-    roots = list({id(root): root for root in differentiable}.values())
+    # Not each tensor once: an operation that does nothing may return its operand or a copy of it.
+    roots = [value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     if not roots or not wanted:
         return dict.fromkeys(wanted)
     generator = torch.Generator().manual_seed(2)
