@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import fx
 from torch.fx.proxy import Proxy, TracerBase
@@ -16,6 +17,10 @@ from .facts import UnknownFactError
 
 class UnrecordedError(Exception):
     """A forward does something that a graph does not record."""
+
+
+_OF_NUMPY = ("__array_interface__", "__array_struct__")
+"""What numpy asks an object for before it calls its `__array__`."""
 
 
 class RecordingProxy(Proxy):
@@ -43,6 +48,8 @@ class RecordingProxy(Proxy):
         return found
 
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_NUMPY:
+            raise AttributeError(name)
         if name in ("dtype", "device"):
             try:
                 return getattr(self.tracer.facts, name)(self.node)
@@ -76,6 +83,9 @@ class RecordingProxy(Proxy):
 
     def __round__(self, *digits: int) -> Any:
         return round(self.tracer.answer("value", self.node), *digits)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return numpy.array(self.tracer.answer("value", self.node), *args, **kwargs)
 
     def __hash__(self) -> int:
         # It could be answered, but then a proxy would stay behind in whatever cache it is a key of.
