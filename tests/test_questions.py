@@ -330,3 +330,19 @@ def test_several_threads_make_graphs_at_a_time() -> None:
 def test_the_graph_holds_only_what_is_computed() -> None:
     converted = fxstream.convert(net(_of_elements), 8)
     assert [node.op for node in converted.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_a_dtype_is_that_of_the_autocast_region() -> None:
+    def scaled(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.first(x)
+        y = y * 2 if y.dtype is torch.bfloat16 and y.device.type == "cpu" else y
+        return m.last(y * torch.ones(1, dtype=y.dtype))
+
+    model = net(scaled).float()
+    converted = fxstream.convert(copy.deepcopy(model), 8)
+    x = torch.randn(1, 3, 21, 18)
+    for dtype in (None, torch.bfloat16, None, torch.float16):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            got, expected = converted(x), model(x)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected)

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import StreamingError, TraceError
 from ..ops import rule_for_module
 from .arguments import Form, Parameters, Question, Slot, Unspecified, form_of
-from .facts import tensors_on_meta
+from .facts import tensors_of
 from .snapshot import RandomState, Snapshot
 from .trace import Trace, trace
 
@@ -73,11 +73,12 @@ def rejection(model: nn.Module, arguments: Mapping[Slot, Any], error: TraceError
     """The error that the model itself raises for such arguments, if that is what has ended its tracing."""
     cause = error.__cause__
     snapshot, drawn = Snapshot(model), RandomState()
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors_of(model).items()}
     values = {slot: _on_meta(form) for slot, form in arguments.items()}
     args, kwargs = Parameters.of(type(model)).passed(values)
     try:
         with torch.no_grad():
-            torch.func.functional_call(model, tensors_on_meta(model), tuple(args), kwargs)
+            torch.func.functional_call(model, state, tuple(args), kwargs)
     except Exception as own:  # whatever a user's forward may raise
         return own if cause is not None and _raised_at(own) == _raised_at(cause) else None
     finally:

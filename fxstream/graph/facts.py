@@ -1,17 +1,17 @@
 """Facts: what an example of its arguments tells about the values of a model that is being traced.
 
-The nodes recorded so far are computed on the meta device, where tensors have shapes and dtypes, but no memory. They are
-computed only if the forward asks something.
+The nodes recorded so far are computed on the meta device, where tensors have shapes and dtypes, but no memory; under
+autocast with fake tensors. They are computed only if the forward asks something.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..ops import inplace
 from .arguments import Form, Question, Unspecified
@@ -42,6 +42,10 @@ class Facts:
         self._devices: dict[fx.Node, set[torch.device]] = {}
         self._questions: dict[fx.Node, Question] = {}
         self._default_device = torch.get_default_device()
+        # Autocast regions are of a device, and the meta device has none. Fake tensors keep their device, but it takes a
+        # second to import what they need.
+        autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True) if autocast else None
         self._squeezed = False
         self.question = Question.NOTHING
         """How much has been asked."""
@@ -81,7 +85,9 @@ class Facts:
 
     def device(self, node: fx.Node) -> torch.device:
         """The device of a tensor."""
-        self._tensor(node)
+        found = self._tensor(node)
+        if self._mode is not None:
+            self._devices[node] = {found.device}
         if len(self._devices[node]) != 1:
             raise UnknownFactError("its device is not known")
         self._note(Question.FORM)
@@ -132,7 +138,7 @@ class Facts:
             return unknown[0]
         self.computing = True
         try:
-            with torch.no_grad(), torch.inference_mode(False), torch.device(_META):
+            with torch.no_grad(), torch.inference_mode(False), self._mode or torch.device(_META):
                 return self._run(node)
         except UnknownFactError as error:
             return error
@@ -179,7 +185,7 @@ class Facts:
         if not isinstance(form, Form):
             return form
         self._devices[node] = {form.device}
-        return torch.empty(form.shape, dtype=form.dtype)
+        return self._stand_in(form)
 
     def _attribute(self, node: fx.Node) -> Any:
         path, _, name = str(node.target).rpartition(".")
@@ -187,11 +193,15 @@ class Facts:
         if not isinstance(found, torch.Tensor):
             return found
         self._devices[node] = {found.device}
-        return _on_meta(found)
+        return self._stand_in(found)
+
+    def _stand_in(self, tensor: torch.Tensor | Form) -> torch.Tensor:
+        device = tensor.device if self._mode is not None else _META
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     def _of_module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self._modules[str(node.target)]
-        state = tensors_on_meta(module)
+        state = {name: self._stand_in(tensor) for name, tensor in tensors_of(module).items()}
         if state:
             self._devices[node] = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
         self._questions[node] = Question.NOTHING
@@ -203,6 +213,8 @@ class Facts:
 
     def _without_devices(self, node: fx.Node, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a call with the meta device in place of any other, which is noted as the result's."""
+        if self._mode is not None:
+            return args, kwargs
         named: list[torch.device] = []
 
         def on_meta(leaf: Any) -> Any:
@@ -228,11 +240,9 @@ class Facts:
         return args, kwargs
 
 
-def tensors_on_meta(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Stand-ins on the meta device for the parameters and buffers of a module, by name."""
-    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    return {name: _on_meta(tensor) for name, tensor in named}
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device=_META, requires_grad=False)
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a module, by name."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
