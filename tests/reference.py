@@ -169,7 +169,7 @@ def assert_close(
 
 
 class Operations(TorchDispatchMode):
-    """Counts how often operations of a name run, in forward and backward."""
+    """Counts how often operations of a name run, in forward and backward; not on the meta device, where none runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,8 +177,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(result)):
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return result
 
 
 def counts(model: nn.Module, *inputs: Any) -> dict[str, int]:
