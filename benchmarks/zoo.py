@@ -3,9 +3,8 @@
     python benchmarks/zoo.py
 
 Models are built without weights, in eval mode, and on the meta device, so that nothing is downloaded or computed. A
-share is the part of the FLOPs of one forward pass that the streamed part takes, as torch.utils.flop_counter counts
-them. It is given for streaming along all spatial axes, to which everything else in the table refers, too, and for
-streaming along the batch alone.
+share is the part of the FLOPs of one forward pass that the streamed part takes. It is given for streaming along all
+spatial axes, to which everything else in the table refers, too, and for streaming along the batch alone.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 import torchvision
 from tabulate import tabulate
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
+from fxstream.memory.flops import Flops
+from fxstream.model.streamed import Streamed
 
 _KINDS = {
     torchvision.models: "classification",
@@ -57,11 +58,16 @@ def build(name: str) -> nn.Module:
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
+    return on_meta(lambda: builder(weights=None, **options))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` builds, in eval mode and on the meta device."""
     try:
         with torch.device("meta"):
-            return builder(weights=None, **options).eval()
-    except NotImplementedError:  # building this model computes something, which the meta device cannot do
-        return builder(weights=None, **options).eval().to("meta")
+            return make().eval()
+    except (NotImplementedError, RuntimeError):  # building this model computes something, which meta tensors cannot
+        return make().eval().to("meta")
 
 
 def streamed_share(model: nn.Module, tile_shape: Any, image: torch.Tensor) -> str:
@@ -69,14 +75,24 @@ def streamed_share(model: nn.Module, tile_shape: Any, image: torch.Tensor) -> st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fxstream.StreamingWarning)
-            converted = fxstream.convert(model, tile_shape)
+            converted = fxstream.convert(model, tile_shape, example_input=image, prove=False)
     except fxstream.NothingToStreamError:
         return "0%"
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    part = next(module for module in converted.children() if isinstance(module, Streamed))
+    counts = []
+    part.register_forward_pre_hook(lambda *_: counts.append(-flops.total))
+    part.register_forward_hook(lambda *_: counts.append(flops.total))
+    with Flops() as flops, torch.no_grad():
         converted(image)
-    counts = {module: sum(operations.values()) for module, operations in counter.get_flop_counts().items()}
-    share = sum(count for module, count in counts.items() if module.endswith(".streamed")) / counts["Global"]
-    return f"{share:.1%}"
+    return f"{sum(counts) / flops.total:.1%}"
+
+
+def reason(analysis: fxstream.Analysis) -> str:
+    """Where streaming stops first, and why."""
+    if not analysis.stops:
+        return "it streams whole"
+    others = f" And {len(analysis.stops) - 1} more." if len(analysis.stops) > 1 else ""
+    return analysis.stops[0].reason.split(" Way out:")[0] + others
 
 
 def row(name: str, kind: str) -> list[str]:
@@ -89,7 +105,6 @@ def row(name: str, kind: str) -> list[str]:
     seen = [one for node in reversed(analysis.outputs) for one in (node, *node.all_input_nodes)]
     fields = map(analysis.receptive_field, seen)
     field = next(filter(None, fields), {})
-    stop = analysis.stops[0].reason.split(" Way out:")[0] if analysis.stops else "it streams whole"
     return [
         name,
         "yes",
@@ -97,7 +112,7 @@ def row(name: str, kind: str) -> list[str]:
         streamed_share(model, max(image.shape), image),
         " x ".join(dict.fromkeys(str(one.size) for one in field.values())),
         " x ".join(dict.fromkeys(str(one.stride) for one in field.values())),
-        stop,
+        reason(analysis),
         streamed_share(model, (1, *[None] * (image.dim() - 1)), image),
     ]
 

@@ -76,3 +76,13 @@ def test_the_type_of_a_value_of_another_size_is_refused_with_the_way_out() -> No
     reasons = [stop.reason for stop in fxstream.analyze(model).stops]
     assert reasons == ["mul uses the type of a value of another size. Way out: name the type."]
     assert_exact(model, (1, 2, 9, 8), 4, last=["avg_pool2d", "to"])
+
+
+def test_a_parameter_indexed_by_a_tensor_that_is_made_of_sizes_gets_its_gradient() -> None:
+    """Such as a table of relative positions, of which only those of a smaller window are used."""
+
+    def biased(m: Any, y: torch.Tensor) -> torch.Tensor:
+        index = torch.arange(y.shape[1]) % 3
+        return y + m.scale[index] + m.scale[[0, 1], 0].sum() * m.scale[index, 0].view(-1, 1, 1)
+
+    assert_exact(_net(biased).double(), (2, 2, 9, 8), 4, whole=True)

@@ -103,13 +103,18 @@ def _of_array(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.last(m.first(x)) * (2 if np.all(np.array(x.shape[2:]) % 8 == 0) else 3)
 
 
+def _with_numbers_of_numpy(m: Any, x: torch.Tensor) -> torch.Tensor:
+    rows = np.int64(int(np.ceil(x.shape[2] / 4)) * 4 - x.shape[2])
+    return m.last(F.pad(m.first(x), (0, 0, 0, rows))) * np.float32(0.5)
+
+
 def _of_elements(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.last(m.first(x)) * (2 if x.numel() > 1000 else 3)
 
 
 BODIES: list[Callable[[Any, torch.Tensor], torch.Tensor]] = [
     *(_unless_image, _unless_rgb, _star, _padded, _square, _rounded, _resized, _as_often_as_rows, _looked_up, _listed),
-    *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array),
+    *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _with_numbers_of_numpy),
 ]
 
 
@@ -136,7 +141,9 @@ def _example(given: bool) -> dict[str, Any]:
     return {"example_input": torch.randn(2, 3, 20, 31).double()} if given else {}
 
 
-@pytest.mark.parametrize("body", [_unless_image, _unless_rgb, _padded, _square, _resized, _of_dtype])
+@pytest.mark.parametrize(
+    "body", [_unless_image, _unless_rgb, _padded, _square, _resized, _of_dtype, _with_numbers_of_numpy]
+)
 def test_questions_do_not_end_the_streamed_part(body: Callable[..., Any]) -> None:
     assert_exact(net(body, pool=nn.MaxPool2d(2)), (1, 3, 21, 18), 8, whole=True)
 

@@ -19,10 +19,6 @@ class UnrecordedError(Exception):
     """A forward does something that a graph does not record."""
 
 
-_OF_NUMPY = ("__array_interface__", "__array_struct__")
-"""What numpy asks an object for before it calls its `__array__`."""
-
-
 class RecordingProxy(Proxy):
     """A proxy that is more faithful than fx's own.
 
@@ -48,7 +44,7 @@ class RecordingProxy(Proxy):
         return found
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_NUMPY:
+        if name.startswith("__array_"):  # numpy asks for these, and may use __array__ instead
             raise AttributeError(name)
         if name in ("dtype", "device"):
             try:

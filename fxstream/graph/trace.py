@@ -25,7 +25,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
+import numpy
 import torch
 from torch import fx, nn
 from torch.fx.proxy import Proxy
@@ -123,6 +125,7 @@ class _Tracer(fx.Tracer):
         self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
         self.region = _region()
         self.thread = threading.get_ident()
+        self.made = WeakSet[nn.Module]()
 
     def recording(self) -> bool:
         """Whether whoever asks is the forward that is being traced.
@@ -139,6 +142,8 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> fx.node.Argument:
+        if isinstance(a, numpy.generic):
+            return super().create_arg(a.item())
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, ([*a.items()],), {}).node
         try:
@@ -224,11 +229,11 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def _without_state(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward of a module that the model does not have as a submodule: most often, forward has just made it."""
-        if any(True for _ in (*module.parameters(), *module.buffers())) or runs_own_hooks(module):
+        """The forward of a module that another one has just made, and that has no state."""
+        state = any(True for _ in (*module.parameters(), *module.buffers()))
+        if module not in self.made or state or runs_own_hooks(module):
             raise UnrecordedError(
-                f"it calls a {type(module).__name__}, which has parameters, buffers or hooks and is not one of the "
-                "model's submodules"
+                f"it calls a {type(module).__name__} that is not one of the model's submodules and may have a state"
             )
         return module.forward
 
@@ -259,7 +264,7 @@ class _Tracer(fx.Tracer):
         self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.tensors.setdefault(id(tensor), (name, tensor))
-        with self._watched_flags(root), replaced_functions(self.create_proxy, self.recording):
+        with self._watched_flags(root), _noted(self.made), replaced_functions(self.create_proxy, self.recording):
             return super().trace(root, concrete_args)
 
     @contextmanager
@@ -315,6 +320,22 @@ class _Tracer(fx.Tracer):
         kind: Any = type(original)
         watched: type[nn.Module] = kind(original.__name__, (_Unannounced, original), names)
         return watched
+
+
+@contextmanager
+def _noted(made: WeakSet[nn.Module]) -> Iterator[None]:
+    """In this context, modules that are made are added to a set."""
+    original = nn.Module.__init__
+
+    def init(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(module, *args, **kwargs)
+        made.add(module)
+
+    nn.Module.__init__ = init  # type: ignore[method-assign]  # on purpose
+    try:
+        yield
+    finally:
+        nn.Module.__init__ = original  # type: ignore[method-assign]  # on purpose
 
 
 class _Unannounced:

@@ -42,10 +42,16 @@ def derived(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         )
         return function(*given, **options)
 
-    if function is operator.getitem and isinstance(args[0], torch.Tensor):
+    if function is operator.getitem and isinstance(args[0], torch.Tensor) and _is_basic(args[1]):
         with torch.enable_grad():  # rules run without gradients in the backward pass, but this view needs them
             return Fact(args[0][args[1]])
     trained = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
     if sources or trained or any(isinstance(leaf, Typed) for leaf in leaves):
         return Fact(Typed(next(iter(sources), None), make))
     return Fact(make(None))
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether a tensor with this index is a view of the tensor."""
+    entries = index if isinstance(index, tuple) else (index,)
+    return not any(isinstance(entry, (torch.Tensor, list, bool)) for entry in entries)
