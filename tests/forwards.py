@@ -686,7 +686,8 @@ y = self.cached(y.shape[2])[:, :, : y.shape[2]] + y
 
 y = y + position(y.shape[2], y.shape[3]).to(y)
 
-del skip
+gone# = y
+del gone#
 y = y + 1
 
 print(end="")

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -279,18 +280,22 @@ def _first_line(error: Exception | None) -> str:
 
 def shrunk(forward: Forward, door: Door) -> Forward:
     """The forward without the statements and calls that a fault does not need."""
-    kind = judge(forward, door).kind
+    wanted = _fault(judge(forward, door))
     found = True
     while found:
         found = False
         for smaller in _smaller(forward):
             try:
-                if judge(smaller, door).kind == kind:
+                if _fault(judge(smaller, door)) == wanted:
                     forward, found = smaller, True
                     break
             except SyntaxError:
                 continue
     return forward
+
+
+def _fault(verdict: Verdict) -> tuple[str, str]:
+    return verdict.kind, re.sub(r"\w*\d[\w.+-]*", "", verdict.reason)[:200]
 
 
 def _smaller(forward: Forward) -> Iterator[Forward]:
