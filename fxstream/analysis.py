@@ -13,7 +13,10 @@ from .estimate import Estimate, estimate
 from .graph.example import traced_with_example
 from .graph.findings import Finding
 from .graph.prefix import Prefix, find_prefix, image_names, image_node
+from .graph.reasons import reasons
 from .graph.receptive_field import ReceptiveField
+from .memory.work import MOST_BEHIND, work_of
+from .model.converted import Converted, plain_model
 
 
 def analyze(
@@ -28,7 +31,7 @@ def analyze(
     Nothing is computed, and the model is not changed.
 
     Args:
-        model: any module that torch.fx can trace, as for `fxstream.convert`.
+        model: any module that torch.fx can trace, as for `fxstream.convert`; or what that has made of one.
         freeze_batchnorm: analyse the model as if streamed batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
         example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
@@ -49,6 +52,8 @@ def analyze(
         >>> analysis.receptive_field("_1")["H"]
         ReceptiveField(size=11, stride=4, padding=3)
     """
+    if isinstance(model, Converted):
+        model = plain_model(model)
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
@@ -116,10 +121,14 @@ class Analysis:
         rows = [self._row(finding) for finding in self.findings]
         text = tabulate(rows, headers=["node", "operation", "", "receptive field", "stride", "padding"])
         ends = ", ".join(node.name for node in self.outputs) or "nothing"
-        text += f"\n\nStreamed along {', '.join(self.axes)}: {len(self.prefix)} operations; they hand over {ends}."
+        work = work_of(self._found)
+        share = f" with {work}" if work is not None else ""
+        text += (
+            f"\n\nStreamed along {', '.join(self.axes)}: {len(self.prefix)} operations{share}; they hand over {ends}."
+        )
         if self.stops:
-            text += "\nStreaming stops where an operation is not local:"
-            text += "".join(f"\n  {stop.reason}" for stop in self.stops)
+            text += "\nStreaming stops where an operation is not local:\n"
+            text += reasons(self._found, short=work is not None and work.share > MOST_BEHIND)
         return text
 
     def _row(self, finding: Finding) -> list[str]:

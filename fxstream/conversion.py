@@ -13,11 +13,15 @@ from torch import fx, nn
 from .errors import ShardedError, StreamingError, StreamingWarning, WrappedModelError
 from .graph.arguments import Question
 from .graph.example import traced_with_example
+from .graph.findings import Finding
 from .graph.nodes import spatial_axes
 from .graph.partition import Partition, partition
 from .graph.prefix import Prefix, image_names
+from .graph.reasons import reasons
 from .graph.trace import Trace, trace
+from .memory.work import MOST_BEHIND, work_of
 from .model.converted import Converted
+from .model.extended import own_names
 from .model.streamed import Streamed
 from .model.variants import rewrite
 from .proof.images import MOST, SIZES
@@ -95,8 +99,8 @@ def convert(
             ShardedError, NotLocalError, TransformError (torch.func, forward-mode AD), DoubleBackwardError.
 
     Warns:
-        StreamingWarning: convolutions, poolings or batch norms stay behind the streamed part; or the model's class
-            overrides `train` or `eval`; or the conversion could not be proved.
+        StreamingWarning: more than a twentieth of the FLOPs stays behind the streamed part; or the converted model
+            lacks methods of the model's class; or the conversion could not be proved.
 
     Example:
         >>> import torch, fxstream
@@ -121,9 +125,9 @@ def convert(
     name = _unused_name(model)
     prefix, parts = rewrite(traced, image, settings, name)
     _warn_if_short(prefix)
-    _warn_if_modes_are_overridden(model)
     # 5. Assemble the converted model from the two.
     converted = _assemble(model, prefix, parts, name, settings)
+    _warn_of_lost_names(model, converted)
     # 6. Prove it on a small random image.
     if prove:
         _prove(prefix, parts, name, settings, example_input)
@@ -179,7 +183,7 @@ def _check_names(traced: Trace) -> None:
     """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
     taken = set(dir(Converted)) - set(dir(nn.Module))
     model, read = traced.root, traced.assumptions.attributes.get("", {})
-    own = {*model._modules, *model._parameters, *model._buffers, *read}
+    own = {*model._modules, *model._parameters, *model._buffers, *read, *vars(model)}
     if clash := sorted(own & taken):
         raise StreamingError(
             f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "
@@ -214,28 +218,38 @@ _WRAPPERS = {
 
 
 def _warn_if_short(prefix: Prefix) -> None:
-    """Warn if the head has windowed operations, which users expect to be streamed."""
-    nodes = (finding.node for finding in prefix.head)
-    left = sum(spatial_axes(node, prefix.trace.module_of(node)) is not None for node in nodes)
-    if left:
-        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops)
-        last = prefix.nodes[-1].name
+    """Warn if much of the work stays behind the streamed part."""
+    work = work_of(prefix)
+    if work is not None and (not work.unknown or work.share > MOST_BEHIND):
+        much = f"the streamed part has {work}" if work.share > MOST_BEHIND else ""
+    else:
+        left = sum(_is_work(finding, prefix) for finding in prefix.head)
+        what = "convolutions, poolings, batch norms and modules that cannot be traced"
+        much = f"{left} {what} stay behind it, whose FLOPs cannot be counted" if left else ""
+    if much:
+        text = f"streaming ends at {prefix.nodes[-1].name}; {much}. The reasons:\n{reasons(prefix, short=True)}"
+        warnings.warn(text, StreamingWarning, stacklevel=3)
+
+
+def _is_work(finding: Finding, prefix: Prefix) -> bool:
+    """Whether an operation is one that users expect to be streamed, or may be anything."""
+    windowed = spatial_axes(finding.node, prefix.trace.module_of(finding.node)) is not None
+    return windowed or str(finding.node.target) in prefix.trace.opaque
+
+
+def _warn_of_lost_names(model: nn.Module, converted: Converted) -> None:
+    """Warn if the converted model lacks something that the model's class defines."""
+    lost = own_names(type(model))
+    if converted._extends is not None:
+        lost &= set(dir(Converted)) - set(dir(nn.Module))
+    if lost:
         warnings.warn(
-            f"streaming ends at {last}; {left} convolutions, poolings or batch norms stay behind it, since\n{reasons}",
+            f"the converted model does not have what {type(model).__name__} defines as {', '.join(sorted(lost))}. Way "
+            "out: call it on the model itself, or put the part that is to be streamed into a submodule, and convert "
+            "that",
             StreamingWarning,
             stacklevel=3,
         )
-
-
-def _warn_if_modes_are_overridden(model: nn.Module) -> None:
-    for name in ("train", "eval"):
-        if getattr(type(model), name) is not getattr(nn.Module, name):
-            warnings.warn(
-                f"{type(model).__name__} overrides {name}(), and the converted model, which is of another class, does "
-                f"not: its {name}() changes the mode of all modules alike. Way out: set single modules' modes after it",
-                StreamingWarning,
-                stacklevel=3,
-            )
 
 
 def _unused_name(model: nn.Module) -> str:

@@ -26,6 +26,8 @@ class WrappedModelError(StreamingError):
     """At conversion: the model is already converted, or wrapped, as by DistributedDataParallel or torch.compile.
 
     The way out is to convert the model itself and to wrap the converted model.
+
+    At a call: torch.nn.DataParallel copies the converted model. The way out is DistributedDataParallel.
     """
 
 

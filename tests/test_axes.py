@@ -288,17 +288,17 @@ def test_a_tensor_that_broadcasts_a_value_to_more_channels(body: Function, tile:
 
 # A body; what the head gets where its reshape is not local; and along which axes it is local, with the last node.
 RESHAPES: dict[str, tuple[Function, list[str], dict[Any, str]]] = {
-    "positions": (lambda m, x: x.view(x.size(0), 8, -1).mean(-1), ["conv", "size"], {BATCH: "mean"}),
-    "all rows": (lambda m, x: m.linear(x.permute(0, 2, 3, 1).reshape(-1, 8)), ["permute"], {}),
+    "positions": (lambda m, x: x.view(x.size(0), 8, -1).mean(-1), ["conv", "size"], {BATCH: "mean", (3, None): "mean"}),
+    "all rows": (lambda m, x: m.linear(x.permute(0, 2, 3, 1).reshape(-1, 8)), ["permute"], {BATCH: "linear"}),
     "tokens": (
         lambda m, x: m.linear(x.permute(0, 2, 3, 1).reshape(x.size(0), -1, 8)),
         ["permute", "size"],
-        {BATCH: "linear"},
+        {BATCH: "linear", (3, None): "linear"},
     ),
     "rows as batch": (
         lambda m, x: x.permute(0, 2, 1, 3).reshape(-1, 8, x.size(3)).softmax(1),
         ["permute", "size"],
-        {(None, 4): "softmax"},
+        {(None, 4): "softmax", BATCH: "softmax"},
     ),
     "swapped": (
         lambda m, x: x.view(x.size(0), 8, x.size(3), x.size(2)),

@@ -13,6 +13,7 @@ from reference import Body
 from torch import nn
 
 import fxstream
+from fxstream.testing import head
 
 
 def small(**options: Any) -> nn.Module:
@@ -239,7 +240,7 @@ def test_an_operation_without_a_rule_is_named() -> None:
             return self.conv(x).sort(-1)[0]
 
     (stop,) = fxstream.analyze(Sorted()).stops
-    assert stop.reason == "sort has no streaming rule (.sort())."
+    assert stop.reason == "sort has no streaming rule (.sort()). Way out: register one, see fxstream.register."
 
 
 # Sizes that do not fit, which torch would find at the call.
@@ -286,3 +287,112 @@ def test_operands_of_different_sizes_at_a_call() -> None:
     converted = fxstream.convert(model, 3)
     with pytest.raises(fxstream.NotLocalError, match="its operands have 5 and"):
         converted(torch.randn(1, 2, 9, 9))
+
+
+# What stays behind the streamed part.
+
+
+def _conv(channels: int = 4) -> nn.Conv2d:
+    return nn.Conv2d(channels, 4, 3, padding=1)
+
+
+class Gate(nn.Module):
+    """Squeeze-excite."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class Secret(nn.Module):
+    """Cannot be traced, nor be run without numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum().item() > 0 else x * 3
+
+
+def warning_of(model: nn.Module) -> str:
+    """What the conversion says, once."""
+    with pytest.warns(fxstream.StreamingWarning) as caught:
+        fxstream.convert(model, 8, prove=False)
+    (warning,) = caught
+    return str(warning.message)
+
+
+def test_a_conversion_warns_once_of_the_share_of_the_work_that_stays_behind() -> None:
+    text = warning_of(nn.Sequential(_conv(3), Gate(), _conv(), Gate(), _conv(), _conv()))
+    share = 3 / (3 + 3 * 4)
+    assert (
+        f"the streamed part has {share:.1%} of the FLOPs of a forward pass (of an image of 1 x 3 x 1024 x 1024)" in text
+    )
+    assert "1: mean takes the mean along the streamed H and W." in text
+    assert text.count("\n") == 1
+
+
+def test_a_convolution_behind_a_global_pooling_is_nothing_to_warn_of() -> None:
+    fxstream.convert(nn.Sequential(_conv(3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Flatten()), 8)
+
+
+def test_the_work_of_a_module_that_cannot_be_traced_counts() -> None:
+    class Opaque(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = x.mean()
+            return super().forward(x)
+
+    text = warning_of(nn.Sequential(_conv(3), Opaque(_conv(), _conv())))
+    assert f"the streamed part has {3 / 11:.1%} of the FLOPs" in text
+
+
+def test_work_that_cannot_be_counted_is_said_to_be_unknown() -> None:
+    text = warning_of(nn.Sequential(_conv(3), Secret(), _conv()))
+    assert "2 convolutions, poolings, batch norms and modules that cannot be traced stay behind it, whose FLOPs" in text
+
+
+def test_one_reason_is_given_once_with_all_places() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = _conv(3)
+            self.norms = nn.ModuleList(nn.InstanceNorm2d(4) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return F.conv2d(torch.cat([norm(y) for norm in self.norms], 1), torch.ones(4, 24, 3, 3))
+
+    text = warning_of(Branches())
+    assert text.count("needs the mean and variance") == 1
+    assert "Likewise: norms.1, norms.2, norms.3 and 2 more." in text
+
+
+def test_a_reduction_behind_which_much_is_left_does_not_read_as_if_it_streamed() -> None:
+    text = warning_of(nn.Sequential(_conv(3), Summed()))
+    assert "is accumulated tile by tile, but what needs the result does not stream" in text
+
+
+class Summed(nn.Module):
+    """Adds to each position what a convolution makes of a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean((2, 3), keepdim=True)
+        return self.second(mean.expand(1, 4, 512, 512))
+
+
+def test_the_way_out_that_names_other_axes_can_be_followed() -> None:
+    model = nn.Sequential(_conv(3), nn.Softmax(3), _conv())
+    text = warning_of(model)
+    assert "1 takes the softmax along the streamed W." in text
+    assert "Way out: stream the images of a batch one by one, tile_shape=(1, None, None, None) or" in text
+    assert "or stream along H alone, tile_shape=(None, None, 512, None)." in text
+    for tile_shape in ((1, None, None, None), (None, None, 512, None)):
+        assert not head(fxstream.convert(model, tile_shape))
+
+
+def test_counting_runs_no_hooks_and_draws_no_random_numbers() -> None:
+    model = nn.Sequential(_conv(3), Gate(), nn.Dropout(0.5), _conv())
+    model[3].register_forward_hook(lambda *_: pytest.fail("a hook has run"))
+    state = torch.get_rng_state()
+    assert "FLOPs of a forward pass" in warning_of(model)
+    assert torch.equal(state, torch.get_rng_state())

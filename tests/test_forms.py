@@ -1,4 +1,4 @@
-"""What goes around a model's tensors stays what it is: the classes of its outputs."""
+"""What goes around a model's tensors stays what it is: the classes of its outputs, and its own class."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from reference import Body, image, pair
+from reference import Body, Shapes, image, pair
 from torch import nn
 from torch.utils import _pytree
 
 import fxstream
 from fxstream.graph.nodes import overwrites
-from fxstream.testing import relative_error
+from fxstream.testing import compare, relative_error
 
 # Outputs.
 
@@ -284,3 +284,253 @@ def test_an_object_that_a_graph_does_not_hold_is_refused(kind: Any) -> None:
             fxstream.TraceError, match=rf"object of the class test_forms\.{kind.__name__}, which a graph"
         ):
             fxstream.convert(returning(output), 8)
+
+
+# The class of the model.
+
+
+class Told(nn.Module):
+    """A base class that keeps a list of its subclasses, and counts how often it is constructed."""
+
+    made = 0
+    subclasses: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        Told.subclasses.append(cls.__name__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        Told.made += 1
+
+
+class Full(Told):
+    """A model with more than a forward."""
+
+    classes = 4
+    call_super_init = True
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.slope, self.classes = slope, 5
+        self.activation = self._activation
+
+    def _activation(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.leaky_relu(x, self.slope)
+
+    @property
+    def both(self) -> tuple[float, int]:
+        return self.slope, self.classes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.norm(self.conv(x))) * self.classes
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x).square().mean() + self.forward(x).mean()
+
+    def train(self, mode: bool = True) -> Full:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        return "a full one"
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__name__
+
+
+DUPLICATES: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda model: model,
+    "a deepcopy": copy.deepcopy,
+    "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "a deepcopy of a pickle": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(model))),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_a_converted_model_has_what_the_class_of_the_model_has(duplicate: str) -> None:
+    plain = Full(0.2).double().eval()
+    subclasses, made = [*Told.subclasses], Told.made
+    converted = DUPLICATES[duplicate](fxstream.convert(plain, 8))
+    assert (Told.subclasses, Told.made) == (subclasses, made), "the model's class was told, or constructed an object"
+    assert isinstance(converted, Full)
+    assert isinstance(converted, torch.fx.GraphModule)
+    assert type(converted).__name__ == converted.name() == "Full"
+    assert repr(converted).startswith("Full(\n  a full one")
+    assert (converted.both, Full.classes) == ((0.2, 5), 4)
+    assert list(converted.state_dict()) == list(plain.state_dict())
+    with Shapes(torch.ops.aten.convolution) as convolved:
+        assert relative_error(converted.loss(image()), plain.loss(image())) <= 1e-10
+    assert any(shape[2] < 15 for shape in convolved.shapes), "its methods do not call the streamed forward"
+    for mode in (True, False):
+        assert converted.train(mode) is converted
+        assert [module.training for module in (converted, converted.conv, converted.norm)] == [mode, mode, False]
+    compare(plain.train(), converted.train(), image())
+
+
+def test_a_method_in_an_attribute_becomes_one_of_the_converted_model() -> None:
+    converted: Any = fxstream.convert(Full(0.2).eval(), 8)
+    assert converted.activation.__self__ is converted
+    converted.slope = -1.0
+    assert converted.activation(torch.tensor(-2.0)) == 2
+
+
+class Own(nn.Sequential):
+    """Layers of a user's own class."""
+
+    def last(self) -> nn.Module:
+        return self[-1]
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+def test_a_sequence_of_layers_stays_one(kind: Any) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    converted: Any = fxstream.convert(kind(*layers), 8)
+    assert len(converted) == 3
+    assert [type(layer) for layer in converted] == [type(layer) for layer in layers]
+    assert converted[-1] is converted.get_submodule("2")
+    assert [*converted[:2]] == [converted[0], converted[1]]
+    assert kind is nn.Sequential or converted.last() is converted[2]
+    for change in (lambda: converted.append(nn.ReLU()), lambda: converted.pop(0), lambda: converted.__delitem__(0)):
+        with pytest.raises(fxstream.StreamingError, match="layers of a converted model are fixed"):
+            change()
+
+
+class WithSlots(nn.Module):
+    __slots__ = ("size",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+    def train(self, mode: bool = True) -> WithSlots:
+        return self
+
+    def loss(self) -> None: ...
+
+
+class Coded(nn.Module):
+    """A model with a method whose name a GraphModule uses itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def code(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.code(x)
+
+
+def test_methods_that_a_converted_model_lacks_are_told_of() -> None:
+    with pytest.warns(fxstream.StreamingWarning, match="does not have what WithSlots defines as loss, size, train"):
+        assert not isinstance(fxstream.convert(WithSlots(), 8), WithSlots)
+    with pytest.warns(fxstream.StreamingWarning, match="does not have what Coded defines as code"):
+        converted = fxstream.convert(Coded(), 8)
+    assert isinstance(converted.code, str)
+    traced = torch.fx.symbolic_trace(Full(0.2).eval())
+    assert type(fxstream.convert(traced, 8)).__mro__[1].__name__ == "Converted"
+
+
+def test_an_attribute_that_would_be_lost_is_refused() -> None:
+    model = Full(0.2)
+    model.code = "a"  # type: ignore[assignment]  # torch says that attributes are tensors
+    with pytest.raises(fxstream.StreamingError, match="attribute 'code', a name that the converted model"):
+        fxstream.convert(model, 8)
+
+
+def test_a_class_that_pickle_does_not_find_is_left_out_of_the_pickle() -> None:
+    class Local(nn.Sequential):
+        def loss(self) -> None: ...
+
+    converted = fxstream.convert(Local(nn.Conv2d(3, 4, 3)), 8)
+    assert hasattr(copy.deepcopy(converted), "loss")
+    loaded = pickle.loads(pickle.dumps(converted))
+    assert type(loaded).__name__ == "Local"
+    assert not hasattr(loaded, "loss")
+    assert torch.equal(loaded(image().float()), converted(image().float()))
+
+
+# Lightning.
+
+
+def lightning() -> Any:
+    return pytest.importorskip("lightning")
+
+
+def fit(model: Any) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(3, 17, 18), index % 2) for index in range(4)]
+    lightning().Trainer(
+        accelerator="cpu",
+        fast_dev_run=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, torch.utils.data.DataLoader(data, batch_size=2))
+
+
+def classifier() -> Any:
+    class Classifier(lightning().LightningModule):  # type: ignore[misc]  # of a package without types
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"lr": 0.1})
+            layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.net, self.last = nn.Sequential(*layers), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.net(x))
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self.net[1].eval()
+            return self
+
+    return Classifier().train()
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers", "ignore:.*GPU available")
+@pytest.mark.parametrize("whole", [True, False], ids=["as a whole", "its network"])
+def test_lightning_trains_a_converted_module(whole: bool) -> None:
+    plain = classifier()
+    converted = copy.deepcopy(plain)
+    before = copy.deepcopy(plain.state_dict())
+    if whole:
+        converted = fxstream.convert(converted, 8)
+    else:
+        converted.net = fxstream.convert(converted.net, 8)
+    for model in (plain, converted):
+        fit(model)
+    assert not torch.equal(plain.state_dict()["net.0.weight"], before["net.0.weight"])
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(converted.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    assert copy.deepcopy(converted)._trainer is None
+
+
+# DataParallel.
+
+
+@pytest.mark.parametrize("around", [lambda model: model, nn.Sequential], ids=["itself", "inside another model"])
+def test_a_copy_for_data_parallel_is_refused(around: Any) -> None:
+    """On a CPU, DataParallel makes no copies, so the step in which it makes them is called here."""
+    converted = around(fxstream.convert(Full(0.2).double().eval(), 8))
+    wrapped = nn.DataParallel(converted, device_ids=[])
+    assert relative_error(wrapped(image()), converted(image())) == 0
+    with pytest.raises(fxstream.WrappedModelError, match=r"Way out: torch\.nn\.parallel\.DistributedDataParallel"):
+        [module._replicate_for_data_parallel() for module in converted.modules()]

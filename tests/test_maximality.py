@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from reference import assert_exact, handed_over, randomise
 from torch import nn
+from torchvision.ops import DeformConv2d
 
 import fxstream
 from fxstream.geometry.axes import axis_names
@@ -211,6 +212,18 @@ def _over_channels(axis: str, free: str) -> list[Case]:
     return [Case(name, axis, _AsChannels(dim, module), reason, free, probe) for name, module, reason, probe in cases]
 
 
+class _Deformed(nn.Module):
+    """Each position sees the one that is as far away along an axis as the image is long."""
+
+    def __init__(self, axis: str) -> None:
+        super().__init__()
+        self.conv = DeformConv2d(4, 4, 1)
+        self.shift = nn.Buffer(torch.tensor([axis == "H", axis == "W"]).view(2, 1, 1) * (LONG - 1.0))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.conv(x, x[:, :2] * 0 + self.shift)
+
+
 def _around(axis: str) -> list[Case]:
     """Borders that are those on the other side."""
     reason = "pads in mode 'circular', which reads rows from the opposite border"
@@ -256,6 +269,7 @@ CASES = [
     Case("differences", "N", _differences, f"combines values {APART}", "HW"),
     Case("matmul", "H", lambda x: x.transpose(2, 3) @ x, SUM, "N", NO_AXIS),
     Case("einsum", "H", lambda x: torch.einsum("nchw,nchv->ncwv", x, x), SUM, "N", NO_AXIS),
+    *(Case("DeformConv2d", axis, _Deformed(axis), "reads positions that its offsets choose", "N") for axis in "HW"),
     Case("flip", "H", lambda x: x.flip(2), "mirrors the streamed {}", "NW"),
     Case("roll", "W", lambda x: torch.roll(x, 1, 3), "moves positions around the end of the streamed {}", "NH"),
 ]
@@ -350,3 +364,11 @@ def test_what_is_local_depends_on_nothing_far_away_and_streams(operation: Operat
     case = Case("", axis, operation, "")
     assert change(operation, case.sizes, DIMS[axis], 0, -1) == 0
     assert_exact(model_of(case), case.sizes, tile_shape(case, axis, 8), whole=True)
+
+
+@pytest.mark.parametrize("name", ["flip", "roll", "circular pad", "circular Conv2d", "DeformConv2d"])
+def test_the_way_out_of_what_is_local_along_other_axes_is_to_stream_these(name: str) -> None:
+    for case in (case for case in CASES if case.name == name):
+        (stop,) = stops(model_of(case), case)
+        assert f"stream an axis other than {case.axis}, such as the batch" in stop.reason
+        assert not stops_along(model_of(case), ("N",))

@@ -590,20 +590,3 @@ def test_a_forward_may_write_to_a_log() -> None:
     converted = assert_exact(model, IMAGE, 8, whole=True)
     logging.getLogger().manager._clear_cache()  # as happens when a level is set
     converted(image())
-
-
-class KeepsNorms(Trunk):
-    """A model that keeps its batch norms in eval mode."""
-
-    def train(self, mode: bool = True) -> KeepsNorms:
-        super().train(mode)
-        self.norm.eval()
-        return self
-
-
-def test_modes_that_the_model_s_class_sets_in_its_own_way_are_told_of() -> None:
-    model = KeepsNorms(lambda m, y: m.norm(y)).train()
-    with pytest.warns(fxstream.StreamingWarning, match=r"KeepsNorms overrides train\(\), and the converted model"):
-        converted = fxstream.convert(model, 8)
-    assert not converted.norm.training
-    fxstream.convert(Around(model), 8).train()  # its own method is there

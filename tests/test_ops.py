@@ -29,7 +29,7 @@ from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import fx, nn
 from torch.nn.functional import sigmoid, tanh
 from torchvision.models import swin_transformer
-from torchvision.ops import FrozenBatchNorm2d, StochasticDepth, stochastic_depth
+from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, StochasticDepth, deform_conv2d, stochastic_depth
 
 import fxstream
 from fxstream.geometry.axes import Value
@@ -213,7 +213,34 @@ TRANSPOSED: list[tuple[int, Options]] = [
     (3, {"kernel_size": (1, 3, 2), "stride": (2, 1, 3), "padding": (0, 2, 1), "output_padding": (1, 0, 1)}),
 ]
 WEIGHT = torch.zeros(3, 4, 2, 2)
+
+
+class Deformed(nn.Module):
+    """A deformable convolution whose offsets and mask follow from the image, or are parameters."""
+
+    def __init__(self, of_image: bool, masked: bool):
+        super().__init__()
+        self.conv = DeformConv2d(4, 3, (2, 1), stride=(1, 2), padding=(1, 0), bias=masked)
+        self.shifts = None if of_image else nn.Parameter(torch.ones(3, 4, 8, 3))
+        self.masked = masked
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        shifts = F.pad(image[..., ::2], (0, 0, 0, 1)).tanh() * 1.3 if self.shifts is None else self.shifts
+        return self.conv(image, shifts, shifts[:, :2].sigmoid() if self.masked else None)
+
+
 CONV_CASES = [
+    *(
+        Case(f"deformable {of_image} {masked}", Deformed(of_image, masked), PLANE, "N", fixed=True)
+        for of_image, masked in product((False, True), (False, True))
+    ),
+    Case(
+        "deform_conv2d",
+        deform_conv2d,
+        axes="N",
+        args=(nn.Parameter(torch.linspace(-2, 2, 252).view(3, 2, 7, 6)), nn.Parameter(torch.ones(2, 4, 1, 1))),
+        fixed=True,
+    ),
     *(_call(_CONVS[axes](4, 4, **options), shape=SHAPES[axes]) for axes, options in CONVOLUTIONS),
     *(
         _call(_CONVS[axes](4, 3, padding_mode="circular", **options), shape=SHAPES[axes], axes=where)
@@ -709,6 +736,49 @@ MADE_CASES = [
             ("a slice", lambda t, x: t[:, :, : x.shape[3]] * x.shape[1]),
         )
     ),
+]
+
+# Windows that divide a streamed axis, and streamed axes that are merged with others.
+
+
+def _space_to_depth(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 3, 3).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 6, h // 2, w // 3)
+
+
+def _depth_to_space(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, 2 * w)
+
+
+def _softmax_of_windows(x: torch.Tensor) -> torch.Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 3, 3).softmax(3).view(b, c, h, w) * x
+
+
+def _windows_as_batch(x: torch.Tensor) -> torch.Tensor:
+    """As in a Swin transformer."""
+    x = x.permute(0, 2, 3, 1)
+    b, h, w, c = x.shape
+    y = x.view(b, h // 2, 2, w // 3, 3, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 2, 3, c)
+    y = y * y.softmax(1)
+    y = y.view(b, h // 2, w // 3, 2, 3, -1).permute(0, 1, 3, 2, 4, 5).contiguous().view(b, h, w, -1)
+    return y + x
+
+
+WINDOW_CASES = [
+    *_named(
+        {
+            "space to depth": _space_to_depth,
+            "depth to space": _depth_to_space,
+            "softmax of windows": _softmax_of_windows,
+        },
+        shape=(3, 4, 12, 6),
+        trials=5,
+    ),
+    Case("windows as batch", _windows_as_batch, (3, 4, 12, 6), "N"),
+    Case("rows as batch", lambda x: x.permute(0, 2, 1, 3).reshape(-1, 4, x.size(3)).softmax(1), axes="N"),
+    Case("positions in one", lambda x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1, 4).softmax(-1), axes="NH"),
 ]
 
 # einops.
@@ -1335,6 +1405,7 @@ CASES = [
     *SHAPE_CASES,
     *SIZE_CASES,
     *MADE_CASES,
+    *WINDOW_CASES,
     *EINOPS_CASES,
     *INDEX_CASES,
     *WRITE_CASES,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, NoReturn
 
 from .window import IDENTITY, Window
@@ -63,6 +64,22 @@ class Extent(int):
 
     tag: str
     value: Value
+
+
+class SymbolicMultiple(Symbol):
+    """A size that is known only at a call, computed as a multiple or a fraction of the extent of a streamed axis."""
+
+    def __init__(self, extent: Symbol, factor: Fraction):
+        super().__init__()
+        self.extent = extent
+        self.factor = factor
+
+
+class Multiple(int):
+    """A known size that was computed as a multiple or a fraction of the extent of a streamed axis."""
+
+    extent: Extent
+    factor: Fraction
 
 
 Size = int | Symbol
@@ -166,9 +183,43 @@ def is_extent(size: object) -> bool:
 
 def is_extent_of(size: object, dim: Dim) -> bool:
     """Whether a size that a model uses is the extent of just this streamed dimension."""
-    if isinstance(size, Symbol):
-        return size.tag is not None and size.tag == dim.tag and size.original is dim.size
-    return isinstance(size, Extent) and size.tag == dim.tag and size == dim.size
+    return dim.tag is not None and _tag(size) == dim.tag and _ratio(size, dim) == 1
+
+
+def _tag(size: object) -> str | None:
+    """The streamed axis whose extent, or a multiple of it, a size is; None for another size."""
+    return size.extent.tag if isinstance(size, (Multiple, SymbolicMultiple)) else getattr(size, "tag", None)
+
+
+def _ratio(size: object, dim: Dim) -> Fraction | Symbol:
+    """A size of a streamed axis as a multiple of that of a dimension."""
+    if isinstance(size, int) and isinstance(dim.size, int):
+        return Fraction(size, dim.size)
+    if isinstance(size, Symbol) and isinstance(dim.size, Symbol):
+        (base, factor), (own, by) = _factorised(size), _factorised(dim.size)
+        return factor / by if base is own else Symbol()
+    return Symbol()
+
+
+def _factorised(size: Symbol) -> tuple[Symbol, Fraction]:
+    """The size that a symbol has been read off or computed from, and the factor by which it is larger."""
+    if isinstance(size, SymbolicMultiple):
+        base, factor = _factorised(size.extent)
+        return base, factor * size.factor
+    return (size, Fraction(1)) if size.original is None else _factorised(size.original)
+
+
+def multiplied(size: object, factor: Fraction) -> Multiple | SymbolicMultiple | None:
+    """An extent of a streamed axis, or a multiple of one, times a factor; None for another size, or no whole number."""
+    if isinstance(size, (Multiple, SymbolicMultiple)):
+        return multiplied(size.extent, size.factor * factor)
+    if isinstance(size, Symbol) and size.tag is not None:
+        return SymbolicMultiple(size, factor)
+    if isinstance(size, Extent) and (size * factor).denominator == 1:
+        found = Multiple(size * factor)
+        found.extent, found.factor = size, factor
+        return found
+    return None
 
 
 def product(sizes: Iterable[Size]) -> Size:
@@ -247,3 +298,108 @@ def _run(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[Dim] | None:
     elif not wanted and (not before or after % before or after == before):
         return None  # an unknown size cannot disappear
     return [Dim(None, missing if size == -1 else size) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """A reshape that splits or merges streamed axes."""
+
+    dims: list[Dim]
+    """The dimensions of the result."""
+    parts: dict[str, Size]
+    """Streamed axis -> into how many positions each of its positions was merged, or the length of its windows."""
+    merges: bool
+    """Whether streamed axes are merged with dimensions behind them, and not split into windows."""
+
+
+def regrouped(dims: Sequence[Dim], sizes: Sequence[Size]) -> Regrouped | None:
+    """The reshape of dimensions to `sizes` that splits or merges streamed axes; None if it does so in another way.
+
+    A streamed dimension may be split into itself and windows behind it, or merged with the dimensions behind it.
+    """
+    for change in (_split_apart(dims, sizes), _merged(dims, sizes), _inferred_merge(dims, sizes)):
+        if change is not None and (result := reshaped(change.dims, change.sizes)) is not None:
+            return Regrouped(result, change.parts, change.merges)
+    return None
+
+
+@dataclass
+class _Change:
+    """What is left of a reshape once streamed axes have been split or merged: they stay as they are."""
+
+    dims: list[Dim]
+    sizes: list[Size]
+    """The sizes to which these are then reshaped."""
+    parts: dict[str, Size]
+    """See `Regrouped`."""
+    merges: bool
+    """See `Regrouped`."""
+
+
+def _split_apart(dims: Sequence[Dim], sizes: Sequence[Size]) -> _Change | None:
+    """The reshape after streamed dimensions have been split into themselves and windows."""
+    change = _Change(list(dims), list(sizes), {}, merges=False)
+    for size in sizes:
+        position = _position(change.dims, _tag(size))
+        if position is None:
+            continue
+        dim = change.dims[position]
+        ratio = _ratio(size, dim)
+        # Of a symbol nothing is known: it is the extent of another value, such as a batch that was merged with windows.
+        length: Size = ratio if isinstance(ratio, Symbol) else ratio.denominator
+        if dim.tag is None or length == 1 or (isinstance(ratio, Fraction) and ratio.numerator != 1):
+            continue
+        part = int(size) if isinstance(size, int) else size
+        change.dims[position : position + 1] = [Dim(dim.tag, part), Dim(None, length)]
+        change.parts[dim.tag] = length
+    return change if change.parts else None
+
+
+def _merged(dims: Sequence[Dim], sizes: Sequence[Size]) -> _Change | None:
+    """The reshape after streamed dimensions have been merged with as many of those behind them as their sizes say."""
+    change = _Change(list(dims), list(sizes), {}, merges=True)
+    for size in sizes:
+        position = _position(change.dims, _tag(size))
+        if position is None:
+            continue
+        dim = change.dims[position]
+        ratio = _ratio(size, dim)
+        if dim.tag is None or isinstance(ratio, Symbol) or ratio.denominator > 1 or ratio == 1:
+            continue
+        stop = _reaching(change.dims, position + 1, ratio.numerator)
+        if stop is None:
+            return None
+        change.dims[position:stop] = [Dim(dim.tag, int(size) if isinstance(size, int) else size)]
+        change.parts[dim.tag] = ratio.numerator
+    return change if change.parts else None
+
+
+def _position(dims: Sequence[Dim], tag: str | None) -> int | None:
+    """The dimension that is a streamed axis; None if there is none."""
+    return next((index for index, dim in enumerate(dims) if tag is not None and dim.tag == tag), None)
+
+
+def _reaching(dims: Sequence[Dim], start: int, count: int) -> int | None:
+    """The index behind dimensions from `start` on whose sizes multiply to `count`; None if there is none."""
+    for stop in range(start + 1, len(dims) + 1):
+        if any(dim.tag is not None for dim in dims[start:stop]):
+            return None
+        if product(dim.size for dim in dims[start:stop]) == count:
+            return stop
+    return None
+
+
+def _inferred_merge(dims: Sequence[Dim], sizes: Sequence[Size]) -> _Change | None:
+    """The reshape to sizes with a -1, which stands for a streamed dimension and some behind it."""
+    for position, dim in enumerate(dims):
+        for stop in range(position + 2, len(dims) + 1):
+            behind = dims[position + 1 : stop]
+            if dim.tag is None or any(other.tag is not None for other in behind):
+                break
+            count = product(other.size for other in behind)
+            merged = Dim(dim.tag, product([dim.size, count]))
+            old = [*dims[:position], merged, *dims[stop:]]
+            new = [Value((merged,)).size(0) if size == -1 else size for size in sizes]
+            if reshaped(old, new) is not None:
+                return _Change(old, new, {dim.tag: count}, merges=True)
+    return None

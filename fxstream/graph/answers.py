@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from itertools import count
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ImageTooSmallError
-from ..geometry.axes import Symbol, Value
+from ..geometry.axes import Symbol, Value, multiplied
 from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace
 from ..ops.derived import derived
 from .nodes import label, leaves, operation, overwrites, rule_of
@@ -87,7 +88,7 @@ def answer(
             return derived(_called(node), args, kwargs)
         return _of_sizes(node, args, kwargs, found)
     if rule is None:
-        return NotLocal(f"has no streaming rule ({operation(node, module)})")
+        return NotLocal(f"has no streaming rule ({operation(node, module)})", "register one, see fxstream.register")
     if module is not None:
         frozen = {"training": False} if freeze_batchnorm and isinstance(module, _BatchNorm) else {}
         args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
@@ -123,8 +124,10 @@ def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], foun
     )
     if node.op != "call_function" or not known or any(isinstance(leaf, torch.Tensor) for leaf in found):
         return NotLocal(
-            f"uses a size of the image in {operation(node, None)}", "use the size of a value that is not streamed"
+            f"uses a size of the image in {operation(node, None)}", "register a rule for it with takes_sizes=True"
         )
+    if (found_multiple := _multiple(node.target, args)) is not None:
+        return Fact(found_multiple)
     of_shapes = any(isinstance(arg, tuple) for arg in args) and node.target in (
         operator.add,
         inplace.FUNCTIONS["iadd"],
@@ -137,6 +140,16 @@ def _of_sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], foun
         return Fact(Symbol())
     assert callable(node.target)
     return Fact(node.target(*args, **kwargs))
+
+
+def _multiple(target: Any, args: tuple[Any, ...]) -> Any:
+    """The extent of a streamed axis times a number or divided by one, of which the result knows; else None."""
+    if target is operator.mul and len(args) == 2:
+        size, number = args if type(args[1]) is int else args[::-1]
+        return multiplied(size, Fraction(number)) if type(number) is int and number > 1 else None
+    if target is operator.floordiv and type(args[1]) is int and args[1] > 1:
+        return multiplied(args[0], Fraction(1, args[1]))
+    return None
 
 
 def _frozen(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

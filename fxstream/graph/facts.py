@@ -48,6 +48,17 @@ class Facts:
         self.computing = False
         """Whether modules are running now, which must not be recorded."""
 
+    def computes(self, node: fx.Node) -> bool:
+        """Compute a node, all before which have been computed; whether that was possible."""
+        found = self._values[node] = self._computed(node)
+        return not isinstance(found, UnknownFactError)
+
+    def takes_over(self, node: fx.Node, source: fx.Node) -> bool:
+        """Take the value of a node for that of another one, which has been computed; whether that is known."""
+        self._values[node] = self._values[source]
+        self._questions[node], self._devices[node] = self._questions[source], self._devices[source]
+        return not isinstance(self._values[node], UnknownFactError)
+
     def type_of(self, node: fx.Node) -> type:
         """The type of a value."""
         found = self._value(node)

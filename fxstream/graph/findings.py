@@ -65,10 +65,14 @@ class Finding:
     @property
     def reason(self) -> str:
         """Where streaming stops, why, and the way out; empty elsewhere."""
-        if self.problem is None:
-            return ""
+        return "" if self.problem is None else complaint(self.node, self.stated)
+
+    @property
+    def stated(self) -> NotLocal:
+        """Why streaming stops, as it is told to the user."""
+        assert self.problem is not None
         further = ", and is accumulated tile by tile" if self.status == "total" else ""
-        return complaint(self.node, replace(self.problem, reason=self.problem.reason + further))
+        return replace(self.problem, reason=self.problem.reason + further)
 
 
 def find(

@@ -12,6 +12,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 _REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
+_COMPUTING = (BasePruningMethod, SpectralNorm, WeightNorm)
+
 
 def _all(module: nn.Module) -> Iterator[Any]:
     for registry in _REGISTRIES:
@@ -20,7 +22,15 @@ def _all(module: nn.Module) -> Iterator[Any]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run when the module is called, other than those that compute its weights."""
-    return any(not isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm)) for hook in _all(module))
+    return any(not isinstance(hook, _COMPUTING) for hook in _all(module))
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove the hooks of a module, other than those that compute its weights."""
+    for registry in _REGISTRIES:
+        hooks = getattr(module, registry)
+        for key in [key for key, hook in hooks.items() if not isinstance(hook, _COMPUTING)]:
+            del hooks[key]
 
 
 def computed_weights(module: nn.Module) -> set[str]:

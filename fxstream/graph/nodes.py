@@ -8,7 +8,9 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops import Rule, inplace, rule_for, rule_for_module
 from .rebuild import only_makes
@@ -114,6 +116,19 @@ def is_new(node: fx.Node, module: nn.Module | None) -> bool:
         return node.args[1] in _FACTS
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in (*_NEW, *_FACTS) and _library(node) == "torch"
+
+
+def keeps_shape(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation is one of those that give a tensor of the same shape and dtype, element by element."""
+    if module is not None:
+        if isinstance(module, _BatchNorm):
+            return rule_for_module(module) is not None
+        name = type(module).__module__.removeprefix("torch.nn.modules.")
+        return name in ("activation", "dropout") and not isinstance(module, (nn.GLU, nn.MultiheadAttention))
+    return node.target in _KEEPING
+
+
+_KEEPING = {F.batch_norm, F.dropout, F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.leaky_relu, torch.sigmoid}
 
 
 def leaves(nested: Any) -> list[Any]:

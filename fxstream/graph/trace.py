@@ -276,7 +276,7 @@ class _Tracer(fx.Tracer):
         def attribute(module: nn.Module, name: str) -> Any:
             value = original.__getattribute__(module, name)
             if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
-                # The converted model is of another class than the root, so it does not have its class attributes.
+                # A converted model does not always have the class attributes of the root, see `extended`.
                 own = bool(path) or name in original.__getattribute__(module, "__dict__")
                 if own and (parts := held(value)) != {}:
                     self.attributes.setdefault(path, {})[name] = parts
@@ -375,7 +375,7 @@ def _trace(
 def _opaque(error: Exception) -> NotLocal:
     """Why a module that has raised an error while it was traced is not local."""
     why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
-    return NotLocal(why, "make it traceable")
+    return NotLocal(why, "register a rule for its class, or use fxstream.compile, which captures what torch.fx cannot")
 
 
 def _region() -> tuple[Any, ...]:
@@ -442,6 +442,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     return (
         f"torch.fx cannot trace {type(model).__name__}.forward: {_first_line(error)}\n"
         f"  at {_where(error)}\n"
-        "Way out: keep data-dependent control flow out of this forward. Move it into a submodule, which then stays "
-        "one call behind the streamed part, or mark a function with torch.fx.wrap."
+        "Way out: use fxstream.compile, which captures what torch.fx cannot; or convert a module of your own whose "
+        "forward(self, x) calls the parts of the model; or move this code into a submodule or into a function that is "
+        "marked with torch.fx.wrap, and it stays one call behind the streamed part."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -11,7 +12,7 @@ import torch
 
 from ..errors import StreamingError
 from ..geometry.grid import Grid
-from ..geometry.schedule import equal_step
+from ..geometry.schedule import Axis, equal_step
 from ..scan.call import Call
 from ..scan.sums import Sums
 from ..scan.tape import IMAGE_SLOT, detached_leaves
@@ -19,8 +20,8 @@ from ..scan.tiles import Forward, Scan
 from .live import LiveBytes
 
 STEPS, MOST_STEPS, REACH = 4, 8, 512
-"""We predict from a crop of STEPS steps per axis; if tiles are small, of more, up to MOST_STEPS, until it spans REACH
-pixels. Otherwise deep layers, which see hundreds of pixels, would not produce any rows in it."""
+"""We predict from a crop of STEPS steps per axis; of more, up to MOST_STEPS, where deep layers, which see hundreds of
+pixels, would not produce any rows in it."""
 
 
 class WorkingSet(NamedTuple):
@@ -55,15 +56,22 @@ def _crop(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch
     """A call on part of the image, with the same tiles."""
     shape = list(call.shape)
     tiles = []
-    for axis, tile in zip(call.settings.axes, call.tiles, strict=True):
-        dim = call.settings.names.index(axis)
+    grid = call.program(tensors).grid(call.tiles)
+    for name, axis, tile in zip(call.settings.axes, grid.axes, call.tiles, strict=True):
+        dim = call.settings.names.index(name)
         step = equal_step(shape[dim], tile)
-        steps = min(MOST_STEPS, max(STEPS, -(-REACH // step)))
-        shape[dim] = min(shape[dim], steps * step)
+        shape[dim] = min(shape[dim], _steps(axis, step) * step)
         tiles.append(step)
     image, *others = tensors
     part = image.new_empty(shape).requires_grad_(image.requires_grad)
     return replace(call, shape=tuple(shape), tiles=tuple(tiles)), [part, *others]
+
+
+def _steps(axis: Axis, step: int) -> int:
+    """How many steps of an axis suffice: until those have come that are repeated from there on, or REACH pixels."""
+    (kind, _), *_ = Counter(axis.kinds).most_common()
+    enough = min(axis.kinds.index(kind) + 2, -(-REACH // step))
+    return min(MOST_STEPS, max(STEPS, enough))
 
 
 class _Measured(Scan):

@@ -5,31 +5,43 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import MethodType
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
-from ..errors import StreamingError
+from ..errors import StreamingError, WrappedModelError
 from ..graph.arguments import Given, Parameters, Slot, surroundings
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.checks import check_image
 from ..scan.mirror import mirror_registries
 from ..scan.settings import parse_bytes
+from .extended import extended, is_found_by_name
 from .older import provide
 from .streamed import Streamed
-from .variants import Variants
+from .variants import Variants, new_variant
 
 
 class Converted(fx.GraphModule):
     """What `fxstream.convert` returns.
 
     It has the original's module tree, the outer graph as its `graph`, and the submodule `streamed`, whose `graph` holds
-    the streamed operations.
+    the streamed operations. Its class also extends the original's class, so that it has the methods, properties and
+    class attributes of that, see `extended`.
     """
+
+    _extends: type[nn.Module] | None = None
+    """The original's class, if it is extended."""
+
+    def __new__(cls, model: nn.Module | None = None, *_: Any) -> Converted:
+        made: Converted = super().__new__(cls if model is None else extended(cls, type(model)))
+        return made
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: the original's class is not told that it has been extended."""
 
     def __init__(
         self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
@@ -39,7 +51,10 @@ class Converted(fx.GraphModule):
         # `meta` is an attribute of a GraphModule that nobody needs, and the name of many a model's submodule.
         vars(self).pop("meta", None)
         # Whatever else the user has put on the model; its forward may read it.
-        vars(self).update({name: value for name, value in vars(model).items() if not hasattr(self, name)})
+        taken = {*vars(self), *dir(Converted)}
+        vars(self).update(
+            {name: _rebound(value, model, self) for name, value in vars(model).items() if name not in taken}
+        )
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
@@ -63,29 +78,10 @@ class Converted(fx.GraphModule):
         kind.forward = _choosing(kind.forward)
         return code
 
-    @property
-    def streamed_name(self) -> str:
-        """The name of the streamed submodule."""
-        return self._streamed_name
-
-    @property
-    def image_name(self) -> str:
+    def _image_name(self) -> str:
         """The name of the argument that is streamed."""
         call = next(node for node in self.graph.nodes if node.target == self._streamed_name)
         return str(call.args[0].target)
-
-    def plain(self) -> nn.Module:
-        """A plain model with the modules and tensors of this one. Raises StreamingError if its class is not known."""
-        if self._original_class is None:
-            raise StreamingError(
-                "this call needs another graph than that of the conversion, which cannot be made, since the class of "
-                "the model was not found when it was unpickled. Way out: define it in a module that can be imported"
-            )
-        twin: nn.Module = object.__new__(self._original_class)
-        vars(twin).update({name: value for name, value in vars(self).items() if name not in self._traced_constants})
-        mirror_registries(twin, self, {id(self): twin})
-        del twin._modules[self._streamed_name]
-        return twin
 
     @property
     def _streamed(self) -> Streamed:
@@ -121,30 +117,45 @@ class Converted(fx.GraphModule):
         self._streamed.settings = settings
         self._call_variants = Variants()
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # The replicas' parameters are results of operations and no Parameters, so the streamed part would miss them.
+        raise WrappedModelError(
+            "torch.nn.DataParallel copies the model at every call, and the streamed part does not work in such copies. "
+            "Way out: torch.nn.parallel.DistributedDataParallel, with one process per GPU"
+        )
+
+    def _copied(self) -> dict[str, Any]:
+        """What a copy gets, except the graphs. The original's class may leave something out."""
+        own = getattr(super(), "__getstate__", None)  # Python 3.10 has none of its own
+        found = own() if own is not None else None
+        state = found if isinstance(found, dict) else vars(self)
+        return {name: value for name, value in state.items() if name not in ("_graph", "_call_variants")}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         # GraphModule's own method would keep only the modules that the graph calls.
         twin: Converted = type(self).__new__(type(self))
+        type(twin).__name__ = type(self).__name__
         memo[id(self)] = twin
-        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in self._state().items()})
+        super(Converted, twin).__setstate__(copy.deepcopy(self._copied(), memo))  # type: ignore[no-untyped-call]  # torch has no types for it
         twin._call_variants = Variants()
         twin._adopt(copy.deepcopy(self._graph, memo))
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Likewise, and GraphModule's own method would trace the generated code again.
-        state = {**self._state(), "_graph": dump_graph(self._graph), "_original_class": _by_name(self._original_class)}
-        return _blank, (type(self).__name__,), state
+        kind = (
+            None if self._original_class is None or not is_found_by_name(self._original_class) else self._original_class
+        )
+        state = {**self._copied(), "_graph": dump_graph(self._graph), "_original_class": kind}
+        return _blank, (type(self).__name__, kind), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = load_graph(state.pop("_graph"))
         older = {"_original_class": None, "_given": None, "_traced_constants": ()}
-        vars(self).update({**older, "_forward_parameters": _parameters_of(graph), **state})
+        state = {**older, "_forward_parameters": _parameters_of(graph), **state}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._call_variants = Variants()
         self._adopt(graph)
-
-    def _state(self) -> dict[str, Any]:
-        """What a copy gets as it is. It makes variants of its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("_graph", "_call_variants")}
 
 
 def _choosing(generated: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,9 +178,29 @@ def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any
         return None, model, list(arguments.values())
     if given.holds(arguments, lambda: surroundings(model)):
         return None, model, given.ordered(arguments)
-    check_image(arguments[Slot(model.image_name)], model._streamed.settings)
-    variant = model._call_variants.serving(model, arguments)
+    image, streamed = model._image_name(), model._streamed
+    check_image(arguments[Slot(image)], streamed.settings)
+    variant = model._call_variants.serving(
+        arguments,
+        lambda: surroundings(model),
+        lambda: new_variant(model, plain_model(model), arguments, image, model._streamed_name, streamed.settings),
+    )
     return variant.forward, variant.seen, variant.given.ordered(arguments)
+
+
+def plain_model(converted: Converted) -> nn.Module:
+    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is not known."""
+    if converted._original_class is None:
+        raise StreamingError(
+            "this needs another graph than that of the conversion, which cannot be made, since the class of the model "
+            "was not found when it was unpickled. Way out: define it in a module that can be imported"
+        )
+    twin: nn.Module = object.__new__(converted._original_class)
+    constants = converted._traced_constants
+    vars(twin).update({name: value for name, value in vars(converted).items() if name not in constants})
+    mirror_registries(twin, converted, {id(converted): twin})
+    del twin._modules[converted._streamed_name]
+    return twin
 
 
 def _parameters_of(graph: fx.Graph) -> Parameters:
@@ -185,19 +216,16 @@ def _parameters_of(graph: fx.Graph) -> Parameters:
     return Parameters(inspect.Signature(named))
 
 
-def _by_name(kind: type | None) -> type | None:
-    """A class if pickle can find it again, else None."""
-    if kind is None:
-        return None
-    found: Any = sys.modules.get(kind.__module__)
-    for part in kind.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return kind if found is kind else None
+def _rebound(value: Any, model: nn.Module, converted: Converted) -> Any:
+    """An attribute of the model for the converted one: a method of the model becomes one of that."""
+    if isinstance(value, MethodType) and value.__self__ is model:
+        return MethodType(value.__func__, converted)
+    return value
 
 
-def _blank(class_name: str) -> Converted:
+def _blank(class_name: str, kind: type[nn.Module] | None = None) -> Converted:
     """A model for pickle to fill."""
-    converted: Converted = Converted.__new__(Converted)
+    converted: Converted = Converted.__new__(Converted if kind is None else extended(Converted, kind))
     type(converted).__name__ = class_name
     return converted
 

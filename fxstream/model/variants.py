@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ..errors import NothingToStreamError, TraceError
-from ..graph.arguments import Given, Slot, form_of, surroundings
+from ..graph.arguments import Given, Slot, form_of
 from ..graph.example import rejection
 from ..graph.partition import Partition, partition
 from ..graph.prefix import Prefix, find_prefix, image_node
+from ..graph.reasons import reasons
 from ..graph.trace import Trace, trace
 from ..scan.settings import Settings
 from .streamed import Streamed
@@ -33,9 +34,9 @@ def rewrite(traced: Trace, image: str | None, settings: Settings, name: str) -> 
     node = image_node(traced.graph, image)
     prefix = find_prefix(traced, node, settings.names, settings.axes, settings.freeze_batchnorm)
     if not prefix.nodes:
-        reasons = "\n".join(f"  {stop.reason}" for stop in prefix.stops) or "  the head uses the image itself"
+        why = reasons(prefix) or "  the head uses the image itself"
         raise NothingToStreamError(
-            f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{reasons}"
+            f"nothing at the front of the model can be streamed along {', '.join(prefix.axes)}:\n{why}"
         )
     return prefix, partition(prefix, name)
 
@@ -57,30 +58,46 @@ class Variants:
     def __init__(self) -> None:
         self._found: deque[Variant] = deque(maxlen=MOST)
 
-    def serving(self, owner: Any, arguments: Mapping[Slot, Any]) -> Variant:
-        """A variant that serves a call, made if there is none. Raises what `fxstream.convert` raises."""
+    def serving(
+        self, arguments: Mapping[Slot, Any], surroundings: Callable[[], Any], make: Callable[[], Variant]
+    ) -> Variant:
+        """A variant that serves a call in its surroundings, made if there is none."""
         for variant in self._found:
-            if variant.given.holds(arguments, lambda: surroundings(owner)):
+            if variant.given.holds(arguments, surroundings):
                 return variant
-        self._found.appendleft(_new(owner, arguments))
-        return self._found[0]
+        found = make()
+        self._found.appendleft(found)
+        return found
 
 
-def _new(owner: Any, arguments: Mapping[Slot, Any]) -> Variant:
-    plain = owner.plain()
+def new_variant(
+    owner: nn.Module, plain: nn.Module, arguments: Mapping[Slot, Any], image: str, name: str, settings: Settings
+) -> Variant:
+    """A graph for a call of a converted model.
+
+    Args:
+        owner: the converted model.
+        plain: a plain model with its modules and tensors, which is traced.
+        arguments: of the call.
+        image: the name of the argument that is streamed.
+        name: of the streamed submodule.
+        settings: of the converted model.
+
+    Raises:
+        What `fxstream.convert` raises, and what the model itself raises for such arguments.
+    """
     forms = {slot: form_of(value) for slot, value in arguments.items()}
-    settings = owner.get_submodule(owner.streamed_name).settings
     try:
         traced = trace(plain, forms, {}, settings.freeze_batchnorm)
     except TraceError as error:
         # What the model itself refuses, it refuses in its own words.
         raise rejection(plain, forms, error) or error from None
-    prefix, parts = rewrite(traced, owner.image_name, settings, owner.streamed_name)
+    prefix, parts = rewrite(traced, image, settings, name)
     streamed = Streamed(parts.streamed, settings, prefix.trace.assumptions)
     streamed.bind(owner)
     code = fx.GraphModule({}, fx.Graph())
     code.graph = parts.outer
-    seen = _Seen(owner, {owner.streamed_name: streamed, **prefix.trace.constants})
+    seen = _Seen(owner, {name: streamed, **prefix.trace.constants})
     return Variant(prefix.trace.assumptions.given, type(code).forward, seen)
 
 

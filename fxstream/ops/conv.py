@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..geometry.axes import Dim, Symbol, Value
 from ..geometry.window import IDENTITY, Sliding, Span, Transposed, Window
 from .arguments import per_axis
 from .border import BORDERS, fit
-from .registry import Answer, Local, NotLocal, Unknown, register
+from .registry import Answer, Local, NotLocal, Sliced, Unknown, register, unstreamed
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -75,7 +76,7 @@ def convolution(
         if tags := x.tags(axis for axis, amounts in enumerate(paddings, start=2) if any(amounts)):
             return NotLocal(
                 f"pads in mode '{mode}', which reads rows from the opposite border along {' and '.join(tags)}",
-                "use padding_mode='zeros', 'reflect' or 'replicate'",
+                f"use padding_mode='zeros', 'reflect' or 'replicate', or {unstreamed(tags)}",
             )
         circular = [amount for amounts in reversed(paddings) for amount in amounts]
         windows = {axis: window if x.dims[axis].tag is not None else IDENTITY for axis, window in windows.items()}
@@ -176,6 +177,50 @@ def _with_size(window: Transposed, length: int | None, size: int | None) -> Tran
     if not 0 <= spare < max(window.step, window.dilation):
         raise ValueError(f"{length} rows cannot become {size}")
     return replace(window, output_padding=spare)
+
+
+@register("torchvision.ops.deform_conv.deform_conv2d", spatial=2)
+def deformable(
+    input: Value,
+    offset: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0),
+    dilation: Any = (1, 1),
+    mask: Any = None,
+) -> Answer:
+    if problem := _kernel_problem(input, 2, weight, bias) or _shifting_problem(input, offset, mask):
+        return problem
+    function = getattr(sys.modules["torchvision.ops"], "deform_conv2d")  # noqa: B009  # torchvision need not be there
+    rows = {0: input.dims[0].tag} if input.dims[0].tag is not None else {}
+    others = [other for other in (offset, mask) if other is not None]
+    operands = tuple(other if isinstance(other, Value) else Sliced(other, rows) for other in others)
+
+    def run(block: torch.Tensor, shifts: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        return function(block, shifts, weight, bias, stride, padding, dilation, factors)  # type: ignore[no-any-return]  # a tensor
+
+    sizes = [others[0].dims[axis].size if isinstance(others[0], Value) else others[0].size(axis) for axis in (2, 3)]
+    dims = (input.dims[0], Dim(None, weight.shape[0]), *(Dim(None, size) for size in sizes))
+    return Local((input, *operands), dims, run)
+
+
+def _shifting_problem(x: Value, offset: Any, mask: Any) -> NotLocal | None:
+    """Why a deformable convolution is not local, or None."""
+    if tags := x.tags([2, 3]):
+        axes = " and ".join(tags)
+        return NotLocal(f"reads positions that its offsets choose, however far away along {axes}", unstreamed(tags))
+    for other in (offset, mask):
+        if isinstance(other, Unknown) or (
+            isinstance(other, Value) and [d.tag for d in other.dims] != [d.tag for d in x.dims]
+        ):
+            return NotLocal("has offsets whose streamed axes are not those of its input")
+    return None
+
+
+@register("torchvision.ops.deform_conv.DeformConv2d", spatial=2)
+def deformable_module(m: Any, input: Value, offset: Any, mask: Any = None) -> Answer:
+    return deformable(input, offset, m.weight, m.bias, m.stride, m.padding, m.dilation, mask)
 
 
 def _register_transposed(axes: int, module_type: type[nn.Module], function: Any) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..geometry.axes import Dim, Extent, Size, Symbol, Value
+from ..geometry.axes import Dim, Extent, Multiple, Size, Symbol, Value
 from ..geometry.window import Sliding, Span, Table, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
-from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
+from .registry import Answer, Local, NotLocal, Sliced, Unknown, register, unstreamed
 
 
 @register(torch.cat, torch.concat, torch.concatenate)
@@ -187,9 +187,12 @@ def sliced(dim: Dim, item: slice) -> Dim:
 def is_integer_or_slice(item: Any) -> bool:
     """Whether an item of an index is an integer, a slice with a positive step, None or an ellipsis."""
     if not isinstance(item, slice):
-        return item is None or item is Ellipsis or type(item) in (int, Extent)
+        return item is None or item is Ellipsis or type(item) in (int, Extent, Multiple)
     # The ends of a slice may follow from sizes of the image, which are known only at the call.
-    ends = all(end is None or type(end) in (int, Extent) or isinstance(end, Symbol) for end in (item.start, item.stop))
+    ends = all(
+        end is None or type(end) in (int, Extent, Multiple) or isinstance(end, Symbol)
+        for end in (item.start, item.stop)
+    )
     return ends and (item.step is None or (type(item.step) is int and item.step > 0))
 
 
@@ -256,12 +259,12 @@ def index_select(input: Value, dim: int, index: Any) -> Answer:
 def flip(input: Value, *order: Any, dims: Any = None) -> Answer:
     given = unpacked(order) if dims is None else as_tuple(dims)
     if tags := input.tags(given):
-        return NotLocal(f"mirrors the streamed {' and '.join(tags)}")
+        return NotLocal(f"mirrors the streamed {' and '.join(tags)}", unstreamed(tags))
     return Local((input,), input.dims, lambda block: block.flip(given))
 
 
 @register(torch.roll, "roll")
 def roll(input: Value, shifts: Any, dims: Any = None) -> Answer:
     if tags := input.tags(range(input.rank) if dims is None else as_tuple(dims)):
-        return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}")
+        return NotLocal(f"moves positions around the end of the streamed {' and '.join(tags)}", unstreamed(tags))
     return Local((input,), input.dims, lambda block: block.roll(shifts, dims))

@@ -12,7 +12,7 @@ from torch import nn
 from ..geometry.axes import Size, Symbol, Value
 from ..geometry.window import Same, Sliding, Span, Window
 from .border import BORDERS, fit
-from .registry import Local, NotLocal, register
+from .registry import Local, NotLocal, register, unstreamed
 
 
 @register(F.pad)
@@ -49,7 +49,8 @@ def _circular(x: Value, pad: Sequence[int]) -> Local | NotLocal:
     amounts = {x.rank - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
     if tags := x.tags(dim for dim, both in sorted(amounts.items()) if any(both)):
         return NotLocal(
-            f"pads in mode 'circular', which reads rows from the opposite border along {' and '.join(tags)}"
+            f"pads in mode 'circular', which reads rows from the opposite border along {' and '.join(tags)}",
+            unstreamed(tags),
         )
     sizes: dict[int, Size] = {}
     for dim, (before, after) in amounts.items():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import FunctionType
@@ -209,6 +209,11 @@ class NotLocal:
     """What the user can do about it, as an imperative phrase: "call .eval() on it"."""
     error: type[Exception] | None = None
     """The error to raise if the operation was local at conversion; by default `NotLocalError`."""
+
+
+def unstreamed(tags: Sequence[str]) -> str:
+    """The way out for an operation that is local along every axis but some streamed ones."""
+    return f"stream an axis other than {' and '.join(tags)}, such as the batch (None in tile_shape: not streamed)"
 
 
 Answer = Local | tuple[Local | Fact, ...] | Total | Fact | NotLocal

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..geometry.axes import Dim, Size, Symbol, Value, is_extent, is_extent_of, product, reshaped
+from ..geometry.axes import Dim, Regrouped, Size, Symbol, Value, is_extent, is_extent_of, product, regrouped, reshaped
+from ..geometry.window import Sliding, Span, Table, Transposed, Window
 from .arguments import as_tuple, unpacked
+from .border import fit
 from .derived import derived, typed
 from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Typed, Unknown, register
 
@@ -103,6 +105,8 @@ def _reshape(x: Value, sizes: Sequence[Any]) -> Answer:
     if any(isinstance(size, Unknown) for size in sizes):
         return NotLocal("is reshaped to sizes that are not known before the call")
     dims = reshaped(x.dims, sizes)
+    if dims is None and (found := regrouped(x.dims, sizes)) is not None:
+        return _regroup(x, found)
     if dims is None:
         return NotLocal(f"splits, merges or moves a streamed axis ({', '.join(x.tags())}) by reshaping")
     # Along a streamed axis, the result has as many rows as the block.
@@ -116,6 +120,27 @@ def _reshape(x: Value, sizes: Sequence[Any]) -> Answer:
         return block.reshape(shape)
 
     return Local((x,), tuple(dims), run, aliases=x)
+
+
+def _regroup(x: Value, found: Regrouped) -> Answer:
+    """The answer for a reshape that splits streamed axes into windows, or merges them with dimensions behind them."""
+    windows: dict[int, Window] = {}
+    for tag, length in found.parts.items():
+        window = Transposed if found.merges else Sliding
+        windows[x.position(tag)] = window(length, length) if isinstance(length, int) else Table(0, (), ())
+    result = Value(tuple(found.dims))
+    positions = {result.position(tag): x.position(tag) for tag in x.tags()}
+    merged = [result.position(tag) for tag in found.parts]
+
+    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        rows = block if found.merges else fit(block, spans, dims=list(windows))
+        shape: list[Any] = [dim.size for dim in found.dims]
+        for place, position in positions.items():
+            length: Any = found.parts.get(found.dims[place].tag or "", 1)
+            shape[place] = rows.size(position) * length if found.merges else rows.size(position) // length
+        return fit(rows.reshape(shape), spans, dims=merged) if found.merges else rows.reshape(shape)
+
+    return Local((x,), result.dims, run, windows, aliases=x)
 
 
 @register(torch.reshape, "view", "reshape", takes_sizes=True)

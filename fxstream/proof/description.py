@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..graph.attributes import is_plain_object
+from ..graph.hooks import computed_weights
 
 Description = dict[str, Any]
 """Names such as "output['logits'][0]" -> a tensor, a number, or a `Kind`."""
@@ -36,11 +37,15 @@ def of_value(name: str, value: Any) -> Description:
 
 
 def of_modules(root: nn.Module) -> Description:
-    """What the modules of a tree hold: parameters, buffers, modes and all other attributes but hooks."""
+    """What the modules of a tree hold: parameters, buffers, modes and all other attributes but hooks.
+
+    Weights that hooks compute before each forward are left out: a graph computes them, too, and leaves them nowhere.
+    """
     seen: dict[int, Any] = {}
     found: Description = {}
     for path, module in root.named_modules():
-        attributes = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+        left_out = _REGISTRIES | computed_weights(module)
+        attributes = {name: value for name, value in vars(module).items() if name not in left_out}
         for name, value in {**module._parameters, **module._buffers, **attributes}.items():
             # Objects of libraries, such as loggers, are not part of the model's state.
             found.update(_items(f"{path}.{name}" if path else name, value, seen, every_object=False))

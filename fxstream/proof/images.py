@@ -20,7 +20,6 @@ SIZES = {
 """Sizes of all spatial axes to try, by the number of spatial axes."""
 MOST = 2**24
 """An image of more elements is not small."""
-_CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.LazyConv1d, nn.LazyConv2d, nn.LazyConv3d)
 
 Arguments = dict[str, Any]
 """Arguments of a forward, by the names of the placeholders of its graph."""
@@ -80,30 +79,29 @@ def _random(shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generat
 
 def _shapes(prefix: Prefix, channels: int | None, example_input: torch.Tensor | None) -> Iterator[tuple[int, ...]]:
     axes = len(prefix.names) - 2
-    known = channels
+    counts = [channels] if channels else _channels(prefix)
     if example_input is not None:
         if 0 < example_input.numel() <= MOST:
             yield tuple(example_input.shape)
-        known = known or int(example_input.shape[1])
-    known = known or _read_channels(prefix)
+        counts = [channels or int(example_input.shape[1])]
     for batch in (2, 1):
         for size in SIZES[axes]:
-            for count in (known,) if known else (3, 1, 4):
+            for count in counts:
                 shape = (batch, count, *(size,) * axes)
                 if math.prod(shape) <= MOST:
                     yield shape
 
 
-def _read_channels(prefix: Prefix) -> int | None:
-    """The channels that a convolution reads from the image, past operations that keep them; or else the first one."""
+def _channels(prefix: Prefix) -> list[int]:
+    """Numbers of channels to try: what the first convolution behind the image reads, if there is one."""
     waiting, seen = [prefix.image], {prefix.image}
     for node in waiting:
         module = prefix.trace.module_of(node)
-        if isinstance(module, _CONVOLUTIONS):
-            return module.in_channels or None
-        # Behind a module that is no activation there may be other channels.
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return [module.in_channels]
         new = [user for user in node.users if user not in seen]
         waiting += new
         seen.update(new)
-    found = (module for module in prefix.trace.modules.values() if isinstance(module, _CONVOLUTIONS))
-    return next((module.in_channels for module in found if module.in_channels), None)
+    # Its weight may be computed, so that no node calls it.
+    convolutions = (one for one in prefix.trace.modules.values() if isinstance(one, nn.modules.conv._ConvNd))
+    return list(dict.fromkeys([*(one.in_channels for one in list(convolutions)[:1]), 3, 1, 4]))

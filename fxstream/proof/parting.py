@@ -61,7 +61,7 @@ def place_in_code(modules: Mapping[int, str]) -> str:
         if id(module) in modules and modules[id(module)] == "":
             break
         frame = frame.f_back  # type: ignore[assignment]  # None at the end
-    return f"{path or 'the root'} ({line or 'code of a library'})"
+    return f"{path or 'the forward of the model itself'} ({line or 'code of a library'})"
 
 
 def parting(plain: list[Step], graph: list[Step]) -> str | None:

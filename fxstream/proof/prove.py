@@ -78,14 +78,14 @@ class _Proof:
         if any(map(is_lazy, tensors)):
             return "some parameters are not initialised yet. Way out: call the model before the conversion"
         self.bench = Bench(self.model, self._frozen())
-        problem = "there is no small image to try"
+        problem = ""
         for arguments in candidates(self.prefix, channels, example_input):
             try:
                 plain = self._plain(arguments)
             except StrayError as error:
                 return f"{error}. Way out: let it use what is registered in the model"
             except Exception as error:  # whatever the model raises
-                problem = f"{type(error).__name__}: {_first_line(error)}"
+                problem = problem or f"{type(error).__name__}: {_first_line(error)}"
                 continue
             return self._compare(arguments, plain)
         return (

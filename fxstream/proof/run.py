@@ -105,7 +105,6 @@ class Bench:
             # A forward may overwrite its input, which must then be no leaf.
             given[image] = given[image].clone()
         output = of_value("the output", function(given))
-        output.update(of_value("the image afterwards", given.get(image)))
         gradients: Gradients = {}
         problem = ""
         if backward:
@@ -113,6 +112,7 @@ class Bench:
                 gradients = _gradients(output, wanted)
             except RuntimeError as error:
                 problem = str(error)
+        output.update(of_value("the image afterwards", given.get(image)))
         state = of_modules(twin)
         return Outcome(output, gradients, state, RandomState(), self._random.has_changed(), problem)
 
@@ -228,8 +228,8 @@ def _detached(value: Any) -> Any:
 
 def _gradients(output: Description, wanted: dict[str, torch.Tensor]) -> Gradients:
     """Gradients for random gradients of all outputs."""
-    differentiable = (value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad)
-    roots = list({id(root): root for root in differentiable}.values())
+    # Not each tensor once: an operation that does nothing may return its operand or a copy of it.
+    roots = [value for value in output.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     if not roots or not wanted:
         return dict.fromkeys(wanted)
     generator = torch.Generator().manual_seed(2)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..errors import StreamingError
-from ..geometry.axes import IMAGE, Extent, Value
+from ..geometry.axes import IMAGE, Extent, Multiple, Value
 from ..geometry.grid import Index, Tile
 from ..geometry.schedule import readers
 from ..graph.nodes import label, leaves
@@ -301,7 +301,8 @@ class Scan:
         if len(tags) == len(self.axes):
             # No two tiles share any of these: each tile draws its own, and none are kept.
             number = self._draw_number(value, place, 1 + self.grid.number(tile))
-            return draw(self.call.seed, number, noise.draw, torch.empty(whole, device="meta")[rows].shape, like)
+            shape = [len(range(size)[kept]) for size, kept in zip(whole, rows, strict=True)]
+            return draw(self.call.seed, number, noise.draw, shape, like)
         key = (value, place)
         if key not in self.noise:
             self.noise[key] = draw(self.call.seed, self._draw_number(value, place, 0), noise.draw, whole, like)
@@ -349,5 +350,5 @@ def _key(leaf: Value | Total) -> int | Total:
 
 def _as_size(returned: Any) -> Any:
     """A shape that is handed to the head, as the torch.Size that it would be there."""
-    sizes = isinstance(returned, tuple) and all(type(size) in (int, Extent) for size in returned)
+    sizes = isinstance(returned, tuple) and all(type(size) in (int, Extent, Multiple) for size in returned)
     return torch.Size(map(int, returned)) if sizes else returned
