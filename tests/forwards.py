@@ -72,6 +72,13 @@ float(<<SIZE>>)
 round(<<SIZE>> / 3)
 abs(3 - <<SIZE>>)
 divmod(<<SIZE>>, 4)[1]
+math.trunc(<<SIZE>> / 2)
+math.floor(<<SIZE>> / 3)
+max(<<SIZE>>, 10)
+pow(<<SIZE>>, 2)
+<<SIZE>>.bit_length()
+float(f"{<<SIZE>>}.5")
+len(f"{<<SIZE>>:04d}")
 (3 if <<IF>> else 0.25)
 self.scale
 self.gain
@@ -119,6 +126,7 @@ type(y) is torch.Tensor
 type(y) == torch.Tensor
 y.__class__ is torch.Tensor
 isinstance(y.shape, tuple) and isinstance(y.shape[2], int)
+isinstance(y.shape[2:], torch.Size)
 type(y.shape[2]) is int
 isinstance(<<SIZE>> / 2, float)
 y.dtype is torch.float64
@@ -624,6 +632,12 @@ y = self.partial(y)
 
 y = self.helper(y, <<NUMBER>>)
 
+y = self.method(y, <<NUMBER>>)
+
+y = self.bound(y)
+
+y = self.branch(y)
+
 y = self.static(y)
 
 y = type(self).static(y)
@@ -1031,6 +1045,10 @@ _CLASS = '''
     def helper(self, y, factor):
         return y * factor if y.dim() == 4 else y
 
+    @property
+    def branch(self):
+        return self.stages if self.kind == "one" else self.act
+
     def odd(self, y):
         return y.shape[2] % 2 == 1
 
@@ -1060,6 +1078,7 @@ _INIT = '''
         self.mode, self.calls, self.grid, self.cache, self.features = Mode.FAST, 0, None, {}, []
         self.seen, self.history, self.last = set(), collections.deque([2], maxlen=3), None
         self.fn = lambda y: self.act(y) * self.scale
+        self.method, self.bound = self.helper, functools.partial(self.helper, factor=self.scale)
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.3)
 '''
 

@@ -56,7 +56,7 @@ def form_of(value: Any) -> Any:
 
 def is_constant(value: Any) -> bool:
     """Whether a forward gets an argument as it is, instead of a proxy."""
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list, torch.Size):
         return all(map(is_constant, value))
     return isinstance(value, _CONSTANTS)
 

@@ -220,7 +220,9 @@ class Facts:
                 self._devices[node] = self._devices[node.all_input_nodes[1]]
         if isinstance(kwargs.get("device"), (str, int)):
             kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
-        args, kwargs = fx.node.map_aggregate((args, kwargs), on_meta)
+        if any(isinstance(leaf, torch.device) for leaf in leaves((args, kwargs))):
+            # Only then, since fx makes plain tuples of a torch.Size.
+            args, kwargs = fx.node.map_aggregate((args, kwargs), on_meta)
         if named:
             self._devices[node] = set(named)
         elif not self._devices[node]:

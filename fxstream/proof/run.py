@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -204,6 +205,11 @@ class GraphRun(fx.Interpreter):
         if target in self.arguments or args:
             return self.arguments.get(target, *args)
         return {} if target.startswith("**") else ()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        # Whoever reads what an index write has changed reads the result of the write.
+        return args[0] if target is operator.setitem else result
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target not in self.inlined:
