@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -234,7 +234,7 @@ F.avg_pool2d(y, 3, stride=<<1|2>>, padding=1)
 
 F.conv2d(y, self.stem.weight.mean(1, keepdim=True), padding=1, groups=4)
 
-F.batch_norm(y, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, <<False|self.training>>)
+F.batch_norm(y, self.norm.running_mean, self.norm.running_var, self.norm.weight, training=<<False|self.training>>)
 
 F.leaky_relu(y, <<0.1|self.settings.slope>>)
 
@@ -430,7 +430,8 @@ y = y.float().to(y.dtype)
 
 y = y.double()
 
-rows#, columns# = torch.meshgrid(torch.linspace(0, 1, y.shape[2], dtype=y.dtype), torch.linspace(0, 1, y.shape[3], dtype=y.dtype), indexing="ij")
+rows#, columns# = (torch.linspace(0, 1, size, dtype=y.dtype) for size in y.shape[2:])
+rows#, columns# = torch.meshgrid(rows#, columns#, indexing="ij")
 y = y + rows# * columns#
 
 y = y + torch.tensor([0.5, 1.0, 1.5, 2.0], dtype=y.dtype).view(1, 4, 1, 1)
@@ -644,7 +645,7 @@ y = type(self).static(y)
 
 y = Net.gain * y
 
-y = super(Net, self).__getattr__("stem").weight.sum() + y
+y = super().__getattr__("stem").weight.sum() + y
 
 y = y * self.weight.view(1, -1, 1, 1)
 
@@ -790,7 +791,8 @@ y = y + z#.repeat(1, 2, 1, 1)
 """)
 
 # What the next call sees.
-_GRAMMAR["STATE"] = _blocks("""
+_GRAMMAR["STATE"] = _blocks(
+    """
 self.calls += 1
 y = y * <<1|self.calls>>
 
@@ -845,7 +847,8 @@ y = self.norm(y)
 
 self.norm.<<train|eval>>(<<|not self.training>>)
 y = self.norm(y)
-""".replace("train(|", "train(")) + _blocks("""
+""".replace("train(|", "train(")
+) + _blocks("""
 self.settings.slope = self.settings.slope * 0.5
 y = F.leaky_relu(y, self.settings.slope)
 
@@ -957,8 +960,6 @@ x, *others, **options
 x, size=None
 """)
 
-_GRAMMAR["ARGUMENT"] = [""]  # by the signature, see _arguments
-
 _GRAMMAR["RESULT"] = _lines("""
 y
 y
@@ -990,7 +991,7 @@ tuple(y for _ in range(2))
 [y][0]
 """)
 
-_TOP = '''
+_TOP = """
 Maps = collections.namedtuple("Maps", "low high")
 COUNT = 2
 COUNTS = []
@@ -1028,10 +1029,11 @@ def check(size):
 
 @functools.lru_cache(maxsize=None)
 def position(rows, columns):
-    return torch.linspace(0, 1, rows, dtype=torch.double).view(-1, 1) * torch.linspace(0, 1, columns, dtype=torch.double)
-'''
+    across = torch.linspace(0, 1, columns, dtype=torch.double)
+    return torch.linspace(0, 1, rows, dtype=torch.double).view(-1, 1) * across
+"""
 
-_CLASS = '''
+_CLASS = """
     gain = 1.25
 
     @property
@@ -1059,9 +1061,9 @@ _CLASS = '''
     @functools.lru_cache(maxsize=4)
     def cached(self, rows):
         return torch.arange(rows, dtype=torch.double).view(1, 1, -1, 1)
-'''
+"""
 
-_INIT = '''
+_INIT = """
         super().__init__()
         self.stem = nn.Conv2d(CHANNELS, 4, 3, padding=1)
         self.norm, self.pool, self.act, self.identity = nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), nn.Identity()
@@ -1080,7 +1082,7 @@ _INIT = '''
         self.fn = lambda y: self.act(y) * self.scale
         self.method, self.bound = self.helper, functools.partial(self.helper, factor=self.scale)
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.3)
-'''
+"""
 
 SIZES = [(20, 17), (13, 9), (16, 16), (17, 20), (21, 18), (11, 24), (9, 13)]
 """Of images."""
@@ -1122,7 +1124,6 @@ class Forward:
     """Whether the conversion gets an example, which is as the first call's image."""
     changes: bool
     """Whether a forward changes something that the next call sees."""
-    names: set[str] = field(default_factory=set)
 
     def source(self) -> str:
         parts = [*_IMPORTS, _TOP, *self.top]
@@ -1134,7 +1135,7 @@ class Forward:
             parts += init
             parts.append(f"    def forward(self, {self.signature if root else 'x'}):")
             parts += [textwrap.indent(statement, "        ") for statement in statements]
-        return "\n".join(parts).replace("super(Net, self)", "super()") + "\n"
+        return "\n".join(parts) + "\n"
 
     def short(self) -> str:
         """The statements alone, for a report."""

@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import fxstream
-from fxstream.testing import head
 
 EXAMPLES = int(os.environ.get("FXSTREAM_EXAMPLES", "2000"))
+QUICK = 15
 PARTS = 4
 TOLERANCE = 1e-9
 
@@ -37,11 +37,6 @@ Door = Callable[[nn.Module, Forward, torch.Tensor], nn.Module]
 
 def converted(model: nn.Module, forward: Forward, image: torch.Tensor) -> nn.Module:
     return fxstream.convert(model, forward.tile_shape, example_input=image if forward.example else None)
-
-
-def converted_unproved(model: nn.Module, forward: Forward, image: torch.Tensor) -> nn.Module:
-    example = image if forward.example else None
-    return fxstream.convert(model, forward.tile_shape, example_input=example, prove=False)
 
 
 class Differs(Exception):  # noqa: N818
@@ -58,8 +53,6 @@ class Verdict:
     calls: int = 0
     """So many were compared."""
     unproved: bool = False
-    streamed: int = 0
-    """So many nodes of the graph were streamed."""
 
     @property
     def good(self) -> bool:
@@ -78,7 +71,7 @@ def _judge(forward: Forward, door: Door) -> Verdict:
     plain.train(forward.modes[0])
     other.train(forward.modes[0])
     verdict = Verdict("exact")
-    outcomes = [_outcome(plain, forward, number) for number in range(1)]
+    first = _outcome(plain, forward, 0)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -87,16 +80,15 @@ def _judge(forward: Forward, door: Door) -> Verdict:
     except fxstream.StreamingError as error:
         return Verdict("refused", f"{type(error).__name__}: {error}")
     except Exception as error:
-        own = outcomes[0].error
+        own = first.error
         if own is not None and type(own) is type(error) and str(own) == str(error):
             return Verdict("plain fails", f"{type(error).__name__}: {error}")
         return Verdict("crash", f"at the conversion: {_first_line(error)}")
-    verdict.streamed = len(list(streaming.get_submodule("streamed").graph.nodes)) if hasattr(streaming, "streamed") else 0
     for number in range(len(forward.calls)):
         for model in (plain, streaming):
             if model.training is not forward.modes[number]:
                 model.train(forward.modes[number])
-        expected = outcomes[0] if number == 0 else _outcome(plain, forward, number)
+        expected = first if number == 0 else _outcome(plain, forward, number)
         found = _outcome(streaming, forward, number, expected.upstream)
         where = f"call {number}: "
         if isinstance(found.error, fxstream.StreamingError):
@@ -104,7 +96,7 @@ def _judge(forward: Forward, door: Door) -> Verdict:
                 continue
             return replace(verdict, kind="refused", reason=f"call: {_first_line(found.error)}")
         if found.error is not None and str(found.error) in expected.caught:
-            return replace(verdict, kind="refused", reason="call: an error of torch, which the forward catches in plain")
+            return replace(verdict, kind="refused", reason="call: an error of torch that the forward catches")
         try:
             _compare_outcomes(expected, found)
             _compare_state(plain, streaming)
@@ -130,9 +122,7 @@ class Outcome:
     """Errors of torch, whether the forward catches them or not."""
 
 
-def _outcome(
-    model: nn.Module, forward: Forward, number: int, upstream: list[torch.Tensor] | None = None
-) -> Outcome:
+def _outcome(model: nn.Module, forward: Forward, number: int, upstream: list[torch.Tensor] | None = None) -> Outcome:
     leaf = forward.images(number).requires_grad_()
     x = leaf.clone()  # no leaf, since a forward may overwrite it
     args, kwargs = forward.arguments(number, x)
@@ -358,10 +348,108 @@ class Tally:
 
     kinds: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    """Why forwards were refused, and how often."""
+    faults: list[int] = field(default_factory=list)
+    """The seeds of forwards that differ or crash."""
 
-    def add(self, verdict: Verdict) -> None:
+    def add(self, seed: int, verdict: Verdict) -> None:
         self.kinds[verdict.kind] += 1
-        if verdict.unproved:
-            self.kinds["not proved"] += 1
+        self.kinds["not proved"] += verdict.unproved
         if verdict.kind == "refused":
-            self.reasons[verdict.reason] += 1
+            self.reasons[re.sub(r"\w*\d[\w.+-]*", "_", verdict.reason.splitlines()[0])[:200]] += 1
+        if not verdict.good:
+            self.faults.append(seed)
+
+    def __str__(self) -> str:
+        reasons = (f"{count:5} {reason}" for reason, count in self.reasons.most_common(25))
+        return "\n".join([", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common()), *reasons])
+
+
+def explore(seeds: range, door: Door) -> Tally:
+    """Judge the forwards of some seeds. Raises AssertionError with the smallest form of the first that is at fault."""
+    tally = Tally()
+    for seed in seeds:
+        tally.add(seed, judge(draw(seed), door))
+    print(tally)
+    if tally.faults:
+        smallest = shrunk(draw(tally.faults[0]), door)
+        verdict = judge(smallest, door)
+        raise AssertionError(f"seeds {tally.faults}; {verdict.kind}: {verdict.reason}\n{smallest.short()}\n{tally}")
+    return tally
+
+
+DOORS: dict[str, tuple[Door, int]] = {"convert": (converted, 1)}
+"""The ways to a model that streams, and by how much fewer forwards come through one than through the first."""
+
+
+@pytest.mark.parametrize("part", range(PARTS))  # for as many processes
+@pytest.mark.parametrize("name", DOORS)
+def test_ordinary_forwards_are_exact_or_refused_by_name(name: str, part: int) -> None:
+    door, fewer = DOORS[name]
+    explore(range(QUICK * part // fewer, QUICK * (part + 1) // fewer), door)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("name", DOORS)
+def test_many_ordinary_forwards_are_exact_or_refused_by_name(name: str, part: int) -> None:
+    door, fewer = DOORS[name]
+    count = EXAMPLES // PARTS // fewer
+    start = 10**6 + random.randrange(2**32)
+    tally = explore(range(start, start + count), door)
+    assert tally.kinds["exact"] >= 0.6 * count, f"too many are refused\n{tally}"
+
+
+BROKEN: list[Callable[[nn.Module], nn.Module]] = []
+"""What a door may do wrong."""
+
+
+@BROKEN.append
+def _scaled(model: nn.Module) -> nn.Module:
+    """Other numbers."""
+    with torch.no_grad():
+        next(model.parameters()).mul_(1 + 1e-6)
+    return model
+
+
+@BROKEN.append
+def _listed(model: nn.Module) -> nn.Module:
+    """An output of another type."""
+    model.register_forward_hook(lambda module, args, output: [output])
+    return model
+
+
+@BROKEN.append
+def _without_gradients(model: nn.Module) -> nn.Module:
+    model.get_submodule("stem").register_full_backward_hook(lambda module, grads, _: (grads[0] * 0,))
+    return model
+
+
+@BROKEN.append
+def _counted(model: nn.Module) -> nn.Module:
+    """Other attributes after a call."""
+    model.register_forward_hook(lambda module, args, output: setattr(module, "calls", 7))
+    return model
+
+
+@BROKEN.append
+def _failing(model: nn.Module) -> nn.Module:
+    """An error of no name."""
+    model.register_forward_pre_hook(lambda module, args: {}["nothing"])
+    return model
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_door_that_does_something_else_is_at_fault(broken: Callable[[nn.Module], nn.Module]) -> None:
+    seed = next(seed for seed in range(100) if judge(draw(seed), lambda model, forward, image: model).kind == "exact")
+    assert not judge(draw(seed), lambda model, forward, image: broken(model)).good
+
+
+def test_a_fault_is_shown_in_its_smallest_form() -> None:
+    def door(model: nn.Module, forward: Forward, image: torch.Tensor) -> nn.Module:
+        return _counted(model) if "F.pad" in forward.source() else model
+
+    with pytest.raises(AssertionError, match=r"after the call|calls") as caught:
+        explore(range(40), door)
+    shown = [line for line in str(caught.value).splitlines() if line.startswith("    ") and "init" not in line]
+    assert len(shown) <= 6

@@ -76,6 +76,8 @@ class Facts:
     def dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype of a tensor."""
         found: torch.dtype = self._tensor(node).dtype
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise UnknownFactError("tensors on the meta device are not cast by torch.autocast")
         self._note(Question.FORM)
         return found
 
