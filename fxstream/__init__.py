@@ -1,6 +1,7 @@
 """Exact streaming of convolutional networks over images too large for memory."""
 
 from .analysis import Analysis, analyze
+from .compilation import backend, compile
 from .conversion import convert
 from .errors import (
     AttributeChangedError,
@@ -13,6 +14,7 @@ from .errors import (
     ModeError,
     NothingToStreamError,
     NotLocalError,
+    PlainCallError,
     ProofError,
     ShardedError,
     StreamingError,
@@ -41,6 +43,7 @@ __all__ = [
     "ModeError",
     "NotLocalError",
     "NothingToStreamError",
+    "PlainCallError",
     "ProofError",
     "ReceptiveField",
     "ShardedError",
@@ -51,6 +54,8 @@ __all__ = [
     "TransformError",
     "WrappedModelError",
     "analyze",
+    "backend",
+    "compile",
     "convert",
     "register",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+from .compilation import captured_prefix
+from .errors import StreamingError, TraceError
 from .estimate import Estimate, estimate
 from .graph.example import traced_with_example
 from .graph.findings import Finding
@@ -24,7 +27,7 @@ def analyze(
     *,
     freeze_batchnorm: bool = False,
     image: str | None = None,
-    example_input: torch.Tensor | None = None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
 ) -> Analysis:
     """Find out what of a model can be streamed along all spatial axes, where streaming stops, and why.
 
@@ -32,16 +35,18 @@ def analyze(
 
     Args:
         model: any module that torch.fx can trace, as for `fxstream.convert`; or what that has made of one.
-        freeze_batchnorm: analyse the model as if streamed batch norms used their running statistics in every mode.
+        freeze_batchnorm: analyse the model as if its batch norms used their running statistics in every mode.
         image: the name of the argument of `model.forward` that is the image; by default the first.
-        example_input: an image, of which only the number of dimensions is used. It is needed only if no operation of
-            the model tells how many spatial axes there are.
+        example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
+            answer what the forward asks about its tensors. It is needed if no operation of the model tells how many
+            spatial axes there are, or if the forward refuses the images that are tried. With
+            an image, a model that torch.fx cannot trace is captured as `fxstream.compile` captures it.
 
     Returns:
         An `Analysis`, which `print` shows as a table.
 
     Raises:
-        TraceError: torch.fx cannot trace the model.
+        TraceError: torch.fx cannot trace the model, and there is no example_input.
         TileShapeError: nothing tells the number of spatial axes.
         StreamingError: `image` is not an argument of the model's forward.
 
@@ -54,7 +59,12 @@ def analyze(
     """
     if isinstance(model, Converted):
         model = plain_model(model)
-    traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    try:
+        traced = traced_with_example(model, image, example_input, freeze_batchnorm)
+    except TraceError:
+        if not isinstance(example_input, torch.Tensor):
+            raise
+        return Analysis(captured_prefix(model, example_input, freeze_batchnorm=freeze_batchnorm, image=image))
     names = image_names(traced, image)
     return Analysis(find_prefix(traced, image_node(traced.graph, image), names, names[2:], freeze_batchnorm))
 
@@ -115,6 +125,10 @@ class Analysis:
             TypeError: the model needs further arguments.
         """
         found = self._found
+        if found.trace.known:
+            raise StreamingError(
+                "estimate() needs a model that torch.fx can trace. Way out: measure a step of fxstream.compile's model"
+            )
         return estimate(found.trace.root, image_shape, tile_shape, found.freeze_batchnorm, str(found.image.target))
 
     def __str__(self) -> str:

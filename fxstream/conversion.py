@@ -64,16 +64,18 @@ def convert(
             the image's number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works;
             an axis is cut into equal steps of at most that size. "auto": all spatial axes are streamed, and every call
             chooses the largest tiles that leave half of the memory budget for keeping the graphs of tiles.
-        freeze_batchnorm: streamed batch norms use their running statistics, whatever mode the model is put in. Their
-            affine parameters still train.
+        freeze_batchnorm: all batch norms of the converted model, streamed or in the head, are in eval mode and stay so,
+            whatever mode the model is put in: they use their running statistics, and do not update them. Their affine
+            parameters still train. A batch norm without running statistics (`track_running_stats=False`) normalises
+            by those of the batch as ever, and is not streamed.
         memory_budget: how many bytes may be held between forward and backward beyond carries and outputs, as a number
             or as text such as "4GiB" or "500 MB". As many tiles as fit are then not computed again; if all of them fit,
             a training step costs what a conventional one costs. None: every tile is computed again. With
             tile_shape="auto" the budget also covers carries and the tile that is being computed.
         image: the name of the argument of `model.forward` that is streamed; by default the first.
-        example_input: an image, of which only the shape and dtype are used; or a tuple of all arguments of forward. It
-            is needed if no operation of the model tells how many spatial axes there are, and if the model accepts none
-            of the small random images of the proof.
+        example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
+            answer what the forward asks about its tensors. It is needed if no operation of the model tells how many
+            spatial axes there are, or if the forward refuses the small images that are tried.
         prove: run the graphs and the plain model side by side on a small random image, and compare outputs, gradients,
             everything that a forward changes in the model, and the random numbers that it draws. The model is left as
             it was. False saves the time; docs/training.md says what torch.fx may then miss. A model on the meta device
@@ -114,7 +116,8 @@ def convert(
     # 1. Check that the model is a plain one.
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    _check_unwrapped(model)
+    check_unwrapped(model)
+    _check_whole(model)
     # 2. Trace it, and read tile_shape for an image of its dimensions.
     traced = traced_with_example(model, image, example_input, freeze_batchnorm)
     _check_names(traced)
@@ -124,7 +127,7 @@ def convert(
     # 3. Find the prefix; 4. partition the traced graph.
     name = _unused_name(model)
     prefix, parts = rewrite(traced, image, settings, name)
-    _warn_if_short(prefix)
+    warn_if_short(prefix)
     # 5. Assemble the converted model from the two.
     converted = _assemble(model, prefix, parts, name, settings)
     _warn_of_lost_names(model, converted)
@@ -183,7 +186,7 @@ def _check_names(traced: Trace) -> None:
     """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
     taken = set(dir(Converted)) - set(dir(nn.Module))
     model, read = traced.root, traced.assumptions.attributes.get("", {})
-    own = {*model._modules, *model._parameters, *model._buffers, *read, *vars(model)}
+    own = {*model._modules, *model._parameters, *model._buffers, *read}
     if clash := sorted(own & taken):
         raise StreamingError(
             f"the model has an attribute '{clash[0]}', a name that the converted model, a torch.fx.GraphModule, uses "
@@ -191,7 +194,8 @@ def _check_names(traced: Trace) -> None:
         )
 
 
-def _check_unwrapped(model: nn.Module) -> None:
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises WrappedModelError if a model is converted or wrapped."""
     if isinstance(model, Converted):
         raise WrappedModelError(
             "the model is converted already. Way out: set its tile_shape, or convert the original model"
@@ -202,6 +206,9 @@ def _check_unwrapped(model: nn.Module) -> None:
                 f"the model is wrapped by {name}. Way out: convert the model itself, and wrap the result: "
                 f"{name}(fxstream.convert(model, tile_shape))"
             )
+
+
+def _check_whole(model: nn.Module) -> None:
     if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
         raise ShardedError(
             f"{sharded[0]} is only a shard (DTensor). Way out: convert the model first, and fully_shard the result"
@@ -217,7 +224,7 @@ _WRAPPERS = {
 """Classes that wrap a model, by name, since importing them all would take seconds."""
 
 
-def _warn_if_short(prefix: Prefix) -> None:
+def warn_if_short(prefix: Prefix) -> None:
     """Warn if much of the work stays behind the streamed part."""
     work = work_of(prefix)
     if work is not None and (not work.unknown or work.share > MOST_BEHIND):
@@ -238,15 +245,14 @@ def _is_work(finding: Finding, prefix: Prefix) -> bool:
 
 
 def _warn_of_lost_names(model: nn.Module, converted: Converted) -> None:
-    """Warn if the converted model lacks something that the model's class defines."""
-    lost = own_names(type(model))
-    if converted._extends is not None:
-        lost &= set(dir(Converted)) - set(dir(nn.Module))
+    """Warn if the converted model lacks methods or attributes of the model."""
+    taken = set(dir(Converted)) - set(dir(nn.Module))
+    own = own_names(type(model))
+    lost = (taken & {*own, *vars(model)}) | (set() if converted._extends is not None else own)
     if lost:
         warnings.warn(
-            f"the converted model does not have what {type(model).__name__} defines as {', '.join(sorted(lost))}. Way "
-            "out: call it on the model itself, or put the part that is to be streamed into a submodule, and convert "
-            "that",
+            f"the converted model lacks what {type(model).__name__} has as {', '.join(sorted(lost))}. Way out: rename "
+            "it, or move the part that is to be streamed into a submodule, and convert that",
             StreamingWarning,
             stacklevel=3,
         )

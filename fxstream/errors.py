@@ -71,6 +71,10 @@ class NotLocalError(StreamingError):
     """At a call: an operation that was local at conversion is not local any more."""
 
 
+class PlainCallError(StreamingError):
+    """At a call of a model that was given to `fxstream.compile` with `strict=True`: torch ran the plain model."""
+
+
 class TransformError(StreamingError):
     """The converted model is called inside a transform that does not see through it: torch.func, forward-mode AD."""
 

@@ -116,7 +116,7 @@ def assert_exact(
         left = head(converted)
         assert not left, f"not streamed: {left}"
     if convert_kwargs.get("freeze_batchnorm"):
-        freeze_batchnorms(plain, converted)
+        freeze_batchnorms(plain)
     compare(plain, converted, image, tolerance)
     return converted
 
@@ -139,13 +139,11 @@ def _output(converted: fx.GraphModule, call: fx.Node) -> fx.Node:
     return next(node for node in reversed(converted.get_submodule(str(call.target)).graph.nodes) if node.op == "output")
 
 
-def freeze_batchnorms(model: nn.Module, converted: fx.GraphModule) -> None:
-    """Put those batch norms into eval mode that `converted` streams, as `freeze_batchnorm=True` has it."""
-    streamed = converted.get_submodule(str(_call(converted).target))
-    for node in streamed.graph.nodes:
-        if node.op == "call_module":
-            module = model.get_submodule(str(node.target))
-            module.train(module.training and not isinstance(module, _BatchNorm))
+def freeze_batchnorms(model: nn.Module) -> None:
+    """Put all batch norms into eval mode, as `freeze_batchnorm=True` has it."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from reference import assert_close, counts, gradients, pair, randomise
+from reference import Body, assert_close, counts, gradients, pair, randomise
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxstream
 from fxstream.testing import compare, head
@@ -249,3 +251,16 @@ def test_a_full_backward_hook_of_the_root_runs() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3)).double()
     model.register_full_backward_hook(lambda module, inner, outer: (inner[0] * 3,))
     compare(model, fxstream.convert(model, 8), torch.randn(IMAGE))
+
+
+def test_hooks_of_all_modules_do_not_see_proxies() -> None:
+    """torch's FlopCounterMode registers such hooks, and a forward that asks for sizes is traced again at a call."""
+
+    def padded(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.inner(F.pad(x, (0, x.shape[3] % 2)))
+
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    plain, converted = pair(Body(padded, inner=inner).double(), 8)
+    with FlopCounterMode(display=False):
+        compare(plain, converted, torch.randn(IMAGE))
+    assert not head(converted)

@@ -17,7 +17,7 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 
 ORDER = ["errors", "geometry", "ops", "graph", "scan", "memory", "model"]
 """The folders (and errors.py), from the bottom up; each may import those before it. The other modules come last."""
-ORDER += ["proof", "conversion", "estimate", "analysis", "testing", "__init__"]
+ORDER += ["proof", "conversion", "compilation", "estimate", "analysis", "testing", "__init__"]
 
 
 def packages(node: ast.AST) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import Replayed, assert_close, assert_exact, gradients, handed_over, image, pair, randomise
+from reference import (
+    Replayed,
+    assert_close,
+    assert_exact,
+    freeze_batchnorms,
+    gradients,
+    handed_over,
+    image,
+    pair,
+    randomise,
+)
 from torch import nn
 
 import fxstream
@@ -87,18 +98,52 @@ def _quiet() -> Any:
         yield
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*NORMS, "function"])
 @pytest.mark.parametrize("start", [True, False], ids=["converted in train mode", "converted in eval mode"])
-def test_frozen_batch_norms_stay_so_and_those_of_the_head_follow_their_mode(norm: str, start: bool) -> None:
-    plain, converted = pair(net(NORMS[norm]).train(start), 8, freeze_batchnorm=True)
+def test_frozen_batch_norms_stay_so_in_every_mode(norm: str, start: bool) -> None:
+    """Those in the head as well as the streamed ones."""
+    plain, converted = pair(net({**NORMS, "function": WithFlag}[norm]).train(start), 8, freeze_batchnorm=True)
     assert handed_over(converted) == ["last"]
-    for mode in (True, False, True, start):
-        plain.train(mode)
+    changes: list[Callable[[Any], Any]] = [
+        lambda model: model,
+        lambda model: model.train(),
+        lambda model: model.eval(),
+        lambda model: model.head.train(),
+        lambda model: model.norm.train(),
+    ]
+    for change in changes:
+        change(plain)
         plain.norm.eval()
-        converted.train(mode)
+        plain.head[1].eval()
+        change(converted)
         compare(plain, converted, torch.randn(IMAGE))
+        assert converted.training == plain.training
+        assert norm == "function" or not converted.get_submodule("head.1").training
     # How often they were updated is among the buffers.
     assert_close(dict(converted.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_a_frozen_batch_norm_without_running_statistics_normalises_by_the_batch() -> None:
+    plain, converted = pair(net(lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)), 8)
+    frozen = fxstream.convert(copy.deepcopy(plain), 8, freeze_batchnorm=True)
+    assert handed_over(converted) == handed_over(frozen) == ["conv"]
+    for model in (converted, frozen):
+        compare(plain.train(), model.train(), torch.randn(IMAGE))
+
+
+def test_deeplab_trains_with_one_image_if_batch_norms_are_frozen() -> None:
+    """Its head normalises a pooled value, of which there is one per image."""
+    model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3, aux_loss=True
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    plain, converted = pair(randomise(model).double().train(), 48, freeze_batchnorm=True)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        copy.deepcopy(plain)(torch.randn(1, 3, 65, 49).double())
+    freeze_batchnorms(plain)
+    compare(plain, converted, torch.randn(1, 3, 65, 49))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -138,7 +183,7 @@ def test_a_flag_that_is_handed_to_torch() -> None:
 def test_a_model_whose_structure_depends_on_its_mode(name: str) -> None:
     model = torchvision.models.get_model(name, init_weights=False, aux_logits=True).double()
     for mode, converting in ((True, "train"), (False, "eval")):
-        converted = fxstream.convert(model.train(mode), 64, freeze_batchnorm=True)
+        converted = fxstream.convert(model.train(mode), 64, freeze_batchnorm=True, prove=False)
         with pytest.raises(
             fxstream.ModeError, match=rf"the model depends on its mode: it was converted in {converting}"
         ):
@@ -183,6 +228,90 @@ def test_a_branch_in_the_prefix_is_named() -> None:
     converted.get_submodule("1.0").train()
     with pytest.raises(fxstream.ModeError, match=r"^the forward of 1\.0 depends on its mode: it was converted in eval"):
         converted(torch.randn(IMAGE))
+
+
+# Flags that are asked and decide nothing.
+
+
+class Deep(nn.Module):
+    """Returns an auxiliary output in training mode, if there is a layer for it; and takes a second branch."""
+
+    def __init__(self, supervised: bool = False) -> None:
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 4, 3), nn.Sequential(Gate())
+        self.auxiliary = nn.Conv2d(4, 2, 1)
+        self.supervised = supervised
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.inner(self.conv(x))
+        if self.training and self.supervised:
+            return y, self.auxiliary(y)
+        return y * 2
+
+
+class Gate(nn.Module):
+    """Branches on one of two flags, its own or that of a dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu() if self.training or self.drop.training else x.tanh()
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_flag_that_decides_nothing_may_change(start: bool, duplicate: Callable[[Any], Any]) -> None:
+    model = Deep().double()
+    for module in model.modules():
+        module.training = start
+    plain, converted = pair(model, 8)
+    converted = duplicate(converted)
+    for mode in (not start, start, not start):
+        for net in (plain, converted):
+            net.training = mode
+            net.conv.train(mode)
+        compare(plain, converted, torch.randn(IMAGE))
+    assert len(converted.streamed._other_modes) == 1, "traced more often than needed"
+
+
+def test_an_attribute_that_is_read_in_another_mode_only_is_watched() -> None:
+    plain, converted = pair(Deep().double().eval(), 8)
+    for net in (plain, converted):
+        net.training = True
+    compare(plain, converted, torch.randn(IMAGE))
+    converted.supervised = True
+    with pytest.raises(fxstream.AttributeChangedError, match="supervised was False"):
+        converted(image())
+    converted.eval()
+    compare(plain.eval(), converted, torch.randn(IMAGE))
+
+
+def test_a_flag_that_decides_together_with_another_is_not_dropped() -> None:
+    """Either of two flags may change, as long as the other one is still set."""
+    plain, converted = pair(Deep().double().train(), 8)
+    gates = [model.get_submodule("inner.0") for model in (plain, converted)]
+    for gate in gates:
+        gate.training = False
+    compare(plain, converted, torch.randn(IMAGE))
+    for gate in gates:
+        gate.drop.training = False
+    with pytest.raises(fxstream.ModeError, match=r"^the forward of inner\.0 depends on its mode"):
+        converted(image())
+    for gate in gates:
+        gate.training = True
+    compare(plain, converted, torch.randn(IMAGE))
+
+
+def test_a_flag_that_decides_is_an_error_where_the_model_s_class_is_not_known() -> None:
+    class Local(Deep):
+        pass
+
+    converted = pickle.loads(pickle.dumps(fxstream.convert(Local().double().eval(), 8)))
+    converted.training = True
+    with pytest.raises(fxstream.ModeError, match=r"^the forward of the model depends on its mode"):
+        converted(image())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_050", "regnetx_002", "hrnet_w18_small"])

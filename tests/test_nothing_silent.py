@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from collections.abc import Callable
@@ -412,16 +413,29 @@ def test_an_attribute_that_is_a_view_is_overwritten_in_place() -> None:
 
 
 def _looked_up(m: Any, y: torch.Tensor) -> torch.Tensor:
-    return y * (3 if y.shape[1] in {4: 1} else 5)
+    return y * (3 if int(y.shape[1]) in {4: 1} else 5)
 
 
 def _of_optional(y: torch.Tensor, scale: Any, x: torch.Tensor) -> torch.Tensor:
     return y if isinstance(scale, float) else y * 2
 
 
-def test_a_size_may_be_looked_up_and_the_type_of_an_optional_argument_asked_for() -> None:
+def test_a_size_may_be_looked_up_as_a_number_and_the_type_of_an_optional_argument_asked_for() -> None:
     assert_exact(Trunk(_looked_up), IMAGE, 8, whole=True)
     assert_exact(Sizes(_of_optional), IMAGE, 8, whole=True)
+
+
+def test_no_proxy_stays_behind_in_a_cache() -> None:
+    """It would be found there at a later call, since a size is equal to its number."""
+
+    @functools.lru_cache
+    def doubled(rows: int) -> int:
+        return rows * 2
+
+    model = Trunk(lambda m, y: y * doubled(y.shape[2]))
+    with pytest.raises(fxstream.TraceError, match="known only at a call, in a dict, set or cache"):
+        fxstream.convert(model, 8)
+    model.double()(torch.randn(IMAGE).double())
 
 
 class Required(nn.Module):

@@ -76,7 +76,7 @@ def _as_often_as_rows(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _looked_up(m: Any, x: torch.Tensor) -> torch.Tensor:
-    return m.last(m.first(x) * {16: 2.0, 21: 3.0}.get(x.shape[2], 1.0))
+    return m.last(m.first(x) * {16: 2.0, 21: 3.0}.get(int(x.shape[2]), 1.0))
 
 
 def _listed(m: Any, x: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ REDUCTIONS: dict[str, Operation] = {
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reductions_are_exact_and_nothing_whole_is_handed_over(name: str, tile: Any) -> None:
-    converted = fxstream.convert(Net(REDUCTIONS[name]).double(), tile)
+    converted = fxstream.convert(Net(REDUCTIONS[name]).double(), tile, prove=False)
     converted = assert_exact(Net(REDUCTIONS[name]), (4, 3, 19, 23), tile, last=handed_over(converted))
     image = torch.randn(4, 3, 19, 23, dtype=torch.double)
     handed = converted.streamed(image)

@@ -328,7 +328,7 @@ def test_tensors_made_in_forward_are_constants_and_leave_no_attribute_behind() -
     model = Body(body, a=conv(), b=conv())
     attributes = set(vars(model))
     assert_exact(model, IMAGE, 4, whole=True, example_input=torch.zeros(IMAGE))
-    fxstream.convert(model, 4, example_input=torch.zeros(IMAGE))
+    fxstream.convert(model, 4, example_input=torch.zeros(IMAGE).double())
     assert set(vars(model)) == attributes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from ..geometry.axes import Symbol, Value, multiplied
 from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace
 from ..ops.derived import derived
 from .nodes import label, leaves, operation, overwrites, rule_of
+from .regions import answer_in_region
 
 
 class Borrowed:
@@ -48,20 +49,27 @@ class Borrowed:
 
 
 class Watching(TorchFunctionMode):
-    """Sees whether a rule computes with tensors in its body. In the backward pass, the gradient would be lost."""
+    """Sees whether a rule computes with its tensors in its body. In the backward pass, the gradient would be lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Any]) -> None:
+        """`given` holds what the rule is given, among it tensors."""
         super().__init__()
+        self._given = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+        """The rule's tensors, and what it has made of them."""
         self.computed: list[str] = []
-        """The names of the functions that have made a new tensor of others."""
+        """The names of the functions that have made a new tensor of these."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
-        if given and isinstance(result, torch.Tensor) and result.is_floating_point():
-            made = not result._is_view() and all(result is not tensor for tensor in given)
+        used = [leaf for leaf in leaves((args, kwargs or {})) if self._is_given(leaf)]
+        if used and isinstance(result, torch.Tensor) and result.is_floating_point():
+            made = not result._is_view() and all(result is not tensor for tensor in used)
             self.computed += [getattr(func, "__name__", str(func))] if made else []
+            self._given.append(result)
         return result
+
+    def _is_given(self, leaf: Any) -> bool:
+        return isinstance(leaf, nn.Parameter) or any(leaf is tensor for tensor in self._given)
 
 
 def answer(
@@ -96,7 +104,7 @@ def answer(
         kwargs = _frozen(rule, args, kwargs)
         args = ()
     try:
-        return rule(*args, **kwargs)
+        return answer_in_region(node, rule(*args, **kwargs))
     except ValueError as error:
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..geometry.axes import Symbol
 from ..ops import Unknown
 
 
@@ -18,17 +19,30 @@ class Constants:
     A value that is only known at a call is an `Unknown`.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], tensors: Mapping[str, torch.Tensor]):
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        tensors: Mapping[str, torch.Tensor],
+        given: Mapping[fx.Node, Any],
+    ):
+        """`given` is what is known of some nodes beforehand."""
         self._modules = modules
         self._tensors = tensors
+        self._given = given
         self._known: dict[fx.Node, Any] = {}
 
     def __getitem__(self, node: fx.Node) -> Any:
         return self._known[node]
 
+    def is_number(self, node: fx.Node) -> bool:
+        """Whether the value of a node was known beforehand to be a number, which has no memory to share."""
+        return isinstance(self._given.get(node), (Symbol, int, float))
+
     def add(self, node: fx.Node) -> None:
         """Note a node, computed on copies if everything that it reads is known."""
-        self._known[node] = Unknown(node.name)
+        self._known[node] = self._given.get(node, Unknown(node.name))
+        if node in self._given:
+            return
         if node.op == "placeholder":
             # At conversion an optional argument is taken not to be given. At a call the rules see what is given.
             self._known[node] = node.args[0] if node.args else self._known[node]

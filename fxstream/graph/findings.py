@@ -137,10 +137,14 @@ class _Walk:
         self.freeze_batchnorm = freeze_batchnorm
         self.left_to_head = left_to_head
         self.aliasing = Aliasing(trace.graph, image)
-        self.constants = Constants(trace.modules, trace.constants)
+        self.constants = Constants(trace.modules, trace.constants, trace.known)
         self.found: dict[fx.Node, Finding] = {}
         self.states = {path: _tensor_names(path, module) for path, module in trace.modules.items()}
-        dims = tuple(Dim(name if name in axes else None, Symbol()) for name in names)
+        sizes = trace.known.get(image, [None] * len(names))
+        dims = tuple(
+            Dim(name if name in axes else None, Symbol() if size is None else size)
+            for name, size in zip(names, sizes, strict=True)
+        )
         self.values: dict[fx.Node, Any] = {image: Value(dims, 0)}
         self.owners = [image]
         """The node to which each numbered value belongs."""
@@ -154,7 +158,7 @@ class _Walk:
             self._define(finding)
         elif finding.status == "total":
             self.aliasing.add(node, ())
-        elif finding.status != "image":
+        elif finding.status != "image" and not self.constants.is_number(node):
             # It may be a view of anything that it reads. A constant counts as one even if it is not, since a write into
             # what it reads must come before or after it.
             new = finding.in_head and node.op != "output" and is_new(node, self.trace.module_of(node))
@@ -222,7 +226,9 @@ class _Walk:
             return NotLocal("has a hook, which would run once per tile", "remove the hook")
         if module is not None and str(node.target) in self.trace.opaque:
             return self.trace.opaque[str(node.target)]
-        with Watching() as watching:
+        given = [leaf for source in node.all_input_nodes for leaf in leaves(self._input(source))]
+        own = () if module is None else (*module.parameters(), *module.buffers())
+        with Watching((*given, *own)) as watching:
             found = answer(node, self._input, module, freeze_batchnorm=self.freeze_batchnorm)
         if watching.computed:
             raise StreamingError(

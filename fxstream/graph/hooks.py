@@ -37,3 +37,14 @@ def computed_weights(module: nn.Module) -> set[str]:
     """The names of attributes that hooks compute from parameters before each forward: pruned and normalised weights."""
     names = {hook.name for hook in _all(module) if isinstance(hook, (SpectralNorm, WeightNorm))}
     return names | {hook._tensor_name for hook in _all(module) if isinstance(hook, BasePruningMethod)}
+
+
+def registered(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Path of each module that has hooks -> the numbers under which they are registered."""
+    found = {path: tuple(_numbers(module)) for path, module in model.named_modules()}
+    return {path: numbers for path, numbers in found.items() if numbers}
+
+
+def _numbers(module: nn.Module) -> Iterator[int]:
+    for registry in _REGISTRIES:
+        yield from getattr(module, registry)

@@ -71,6 +71,10 @@ def overwrites(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether an operation may write into its arguments: torch's names tell, and a user's code always may."""
     if only_makes(node.target):
         return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
     if is_own_code(node, module):
         return True
     if module is not None:

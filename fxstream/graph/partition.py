@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import networkx as nx
+import torch.nn.functional as F
 from torch import fx
 
 from .findings import STREAMED, image_sizes
@@ -31,6 +33,8 @@ def partition(prefix: Prefix, name: str) -> Partition:
     sources = (source for node in prefix.nodes for source in node.all_input_nodes)
     entering = [source for source in dict.fromkeys(sources) if status[source] == "constant"]
     parts = Partition(_outer(prefix, name, entering), _streamed(prefix, entering))
+    if prefix.freeze_batchnorm:
+        _freeze_functions(parts.outer)
     for graph in parts:
         graph.lint()  # finds a node that would read a value before it is there
     return parts
@@ -74,6 +78,14 @@ def _outer(prefix: Prefix, name: str, entering: list[fx.Node]) -> fx.Graph:
         if (finding.status not in STREAMED or finding.node in outside) and finding.node not in new:
             _copy(graph, finding.node, finding.reads, new)
     return graph
+
+
+def _freeze_functions(graph: fx.Graph) -> None:
+    """Let `F.batch_norm` use the running statistics that it is given; modules have a mode for that."""
+    for node in graph.find_nodes(op="call_function", target=F.batch_norm):
+        given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs).arguments
+        if given["running_mean"] is not None:
+            node.args, node.kwargs = (), {**given, "training": False}
 
 
 def _wanted(prefix: Prefix) -> set[fx.Node]:

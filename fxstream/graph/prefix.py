@@ -43,7 +43,7 @@ class Prefix:
         image: the placeholder of the streamed image.
         names: the image's dimensions, such as ("N", "C", "H", "W").
         axes: the streamed ones among them, such as ("H", "W").
-        freeze_batchnorm: whether streamed batch norms use their running statistics in every mode.
+        freeze_batchnorm: whether batch norms use their running statistics in every mode.
         findings: one `Finding` per node of the traced graph, in order.
         outputs: the nodes whose values the streamed part hands to the head.
         graph: a networkx.DiGraph over node names; nodes carry `status`, `operation` and `receptive_field`, edges

@@ -25,7 +25,8 @@ class RecordingProxy(Proxy):
     - In-place operators are recorded. Python would otherwise turn `x += y` into `x = x + y`.
     - Assigning an attribute (`x.data = ...`) is refused, since it would change only the proxy.
     - What is known of the value is answered: its dtype and device, and a number where Python itself needs it, as for
-      `if`, `range`, a key of a dict or text. What is not known is refused.
+      `if`, `range` or text. What is not known is refused.
+    - A number is refused as a key of a dict, a member of a set, or an argument of a function with a cache.
     """
 
     tracer: Any
@@ -100,7 +101,10 @@ class RecordingProxy(Proxy):
         return write(self.tracer.answer("value", self.node))
 
     def __hash__(self) -> int:
-        return object.__hash__(self) if self._is_tensor() else hash(self.tracer.answer("value", self.node))
+        # It could be answered, but then a proxy would stay behind in whatever cache it is a key of.
+        if self._is_tensor():
+            return object.__hash__(self)
+        raise UnrecordedError(f"it looks up {self.node.name}, which is known only at a call, in a dict, set or cache")
 
     def _is_tensor(self) -> bool:
         return issubclass(self.tracer.answer("type_of", self.node), torch.Tensor)

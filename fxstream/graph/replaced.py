@@ -18,7 +18,7 @@ from .proxy import RecordingProxy, UnrecordedError
 
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
-    *("rand", "randn", "randint", "tensor", "as_tensor", "scalar_tensor"),
+    *("rand", "randn", "randint", "tensor", "as_tensor", "asarray", "scalar_tensor"),
 )
 """Functions that make a tensor from sizes, numbers or other tensors."""
 _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")

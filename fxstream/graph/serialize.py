@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -61,6 +62,11 @@ def load_graph(nodes: list[tuple[Any, ...]]) -> fx.Graph:
         if path:
             known[name].meta["nn_module_stack"] = {path[0]: (path[0], None)}
     return graph
+
+
+def fingerprint(graph: fx.Graph) -> str:
+    """A short text that is the same for two graphs only if they do the same with the same modules and tensors."""
+    return sha256(repr(dump_graph(graph)).encode()).hexdigest()
 
 
 def _by_name(function: Callable[..., Any]) -> Any:

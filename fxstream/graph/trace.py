@@ -13,14 +13,17 @@ Four things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import copy
+import math
+import sys
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from .hooks import computed_weights, has_hooks
 from .proxy import RecordingProxy, UnrecordedError
 from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
 from .replaced import replaced_functions
+from .serialize import fingerprint
 from .snapshot import RandomState, Snapshot
 
 
@@ -51,6 +55,10 @@ class Assumptions:
     """Path of a module -> the numbers and strings in its attributes that were read, by name: constants of the graph."""
     entered: tuple[str, ...]
     """Paths of the modules that were traced through: the graph holds their operations, not calls of them."""
+    opaque: tuple[str, ...] = ()
+    """Paths of the modules that stayed one call, though they are no operation with a rule."""
+    fingerprint: str | None = None
+    """Of the graph, if a training flag decided anything; None also if forward made tensors while it was traced."""
     given: Given = field(default_factory=Given)
     """What the arguments are taken to be."""
 
@@ -68,6 +76,9 @@ class Trace:
     """Path of a module that stays one call, since it was not traced through -> why it is not local."""
     constants: dict[str, torch.Tensor]
     """Target of a get_attr -> the tensor that forward made while it was traced."""
+    known: Mapping[fx.Node, Any] = field(default_factory=dict)
+    """What is known of values beforehand. For the image: its sizes, with None for one that is not known; for other
+    nodes that do not depend on it, and for these alone: what rules are given at conversion."""
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -94,7 +105,8 @@ class _Tracer(fx.Tracer):
         freeze_batchnorm: bool,
         alone: bool,
     ):
-        super().__init__(autowrap_functions=functions())
+        modules: tuple[Any, ...] = (math, *_modules_of(functions()))
+        super().__init__(modules, functions())
         self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
@@ -345,6 +357,7 @@ def _trace(
     One trace finds them, and another one leaves them out from the start, so that nothing remains of their forwards.
     Unless no other thread runs (`alone`), _SomethingDrawn is raised if anything draws random numbers meanwhile.
     """
+    before = RandomState()
     while True:
         snapshot, drawn, known = Snapshot(model), RandomState(), len(opaque)
         tracer = _Tracer(arguments, snapshot, opaque, freeze_batchnorm, alone)
@@ -365,17 +378,47 @@ def _trace(
             snapshot.restore()
         if len(opaque) > known:
             continue
+        if not alone:
+            _check_nothing_drawn(before, alone)
         _remove_unused(graph, tracer)
         _forget_wrapped(graph)
-        given = Given(arguments, tracer.facts.question, surroundings(model))
-        assumptions = Assumptions(tracer.modes, tracer.attributes, tuple(tracer.entered), given)
+        assumptions = Assumptions(
+            tracer.modes,
+            tracer.attributes,
+            tuple(tracer.entered),
+            tuple(opaque),
+            fingerprint(graph) if tracer.modes and not constants else None,
+            Given(arguments, tracer.facts.question, surroundings(model)),
+        )
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
+
+
+def _modules_of(functions: Iterable[Callable[..., Any]]) -> set[ModuleType]:
+    """The packages from which a forward may take these functions; not torch, whose functions ask proxies themselves."""
+    names = {name for function in functions for name in (function.__module__, function.__module__.partition(".")[0])}
+    return {sys.modules[name] for name in names if name.partition(".")[0] != "torch" and name in sys.modules}
 
 
 def _opaque(error: Exception) -> NotLocal:
     """Why a module that has raised an error while it was traced is not local."""
     why = f"is one opaque call: torch.fx cannot trace it: {_first_line(error)} ({_where(error)})"
     return NotLocal(why, "register a rule for its class, or use fxstream.compile, which captures what torch.fx cannot")
+
+
+def traced_again(model: nn.Module, before: Assumptions, freeze_batchnorm: bool) -> Assumptions | None:
+    """What holds for a model in its present modes, if tracing it gives the same graph as `before`; None if it does not.
+
+    A flag that was asked may have decided nothing, as in `if self.training and self.auxiliary`.
+    """
+    if before.fingerprint is None:
+        return None
+    try:
+        found = trace(
+            model, before.given.forms, dict.fromkeys(before.opaque, NotLocal("")), freeze_batchnorm
+        ).assumptions
+    except TraceError:
+        return None
+    return found if (found.fingerprint, {*found.opaque}) == (before.fingerprint, {*before.opaque}) else None
 
 
 def _region() -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import StreamingError, WrappedModelError
 from ..graph.arguments import Given, Parameters, Slot, surroundings
@@ -58,7 +59,7 @@ class Converted(fx.GraphModule):
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
-        self._original_class = type(model)
+        self._original_class: type[nn.Module] | None = type(model)
         self._given: Given | None = streamed.assumptions.given
         self._traced_constants = tuple(constants)
         self._forward_parameters = Parameters.of(type(model))
@@ -66,6 +67,7 @@ class Converted(fx.GraphModule):
         self._streamed_name = name
         self.add_module(name, streamed)
         self._adopt(graph)
+        self._freeze_batchnorms()
 
     def _adopt(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -116,6 +118,31 @@ class Converted(fx.GraphModule):
         settings.check()
         self._streamed.settings = settings
         self._call_variants = Variants()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's class has it; but batch norms that were frozen at the conversion stay in eval mode."""
+        result = super().train(*args, **kwargs)
+        self._freeze_batchnorms()
+        return result
+
+    def _freeze_batchnorms(self) -> None:
+        streamed = self._modules[self._streamed_name]
+        # An estimate has put something else in its place.
+        if isinstance(streamed, Streamed) and streamed.settings.freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm) and module.training:
+                    module.training = False
+
+    def _as_original(self) -> nn.Module | None:
+        """A model of the original's class, with this one's tensors and modes; None if that class is not known."""
+        if self._original_class is None:
+            return None
+        original: nn.Module = object.__new__(self._original_class)
+        own = {name: value for name, value in vars(self).items() if name not in self._traced_constants}
+        vars(original).update({name: _rebound(value, self, original) for name, value in own.items()})
+        mirror_registries(original, self, {id(self): original})
+        del original._modules[self._streamed_name]
+        return original
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The replicas' parameters are results of operations and no Parameters, so the streamed part would miss them.
@@ -172,6 +199,7 @@ def _choosing(generated: Callable[..., Any]) -> Callable[..., Any]:
 @torch._disable_dynamo(recursive=False)  # type: ignore[attr-defined]  # torch itself uses it so
 def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any] | None, Any, list[Any]]:
     """The code of a variant, or None for that of the model itself; what it is called with."""
+    model._freeze_batchnorms()  # the user may have called train() on one of them
     arguments = model._forward_parameters.bound(args, kwargs)
     given = model._given
     if given is None:
@@ -189,18 +217,14 @@ def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any
 
 
 def plain_model(converted: Converted) -> nn.Module:
-    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is not known."""
-    if converted._original_class is None:
+    """A plain model with the modules and tensors of a converted one. Raises StreamingError if its class is unknown."""
+    original = converted._as_original()
+    if original is None:
         raise StreamingError(
             "this needs another graph than that of the conversion, which cannot be made, since the class of the model "
             "was not found when it was unpickled. Way out: define it in a module that can be imported"
         )
-    twin: nn.Module = object.__new__(converted._original_class)
-    constants = converted._traced_constants
-    vars(twin).update({name: value for name, value in vars(converted).items() if name not in constants})
-    mirror_registries(twin, converted, {id(converted): twin})
-    del twin._modules[converted._streamed_name]
-    return twin
+    return original
 
 
 def _parameters_of(graph: fx.Graph) -> Parameters:
@@ -216,10 +240,10 @@ def _parameters_of(graph: fx.Graph) -> Parameters:
     return Parameters(inspect.Signature(named))
 
 
-def _rebound(value: Any, model: nn.Module, converted: Converted) -> Any:
-    """An attribute of the model for the converted one: a method of the model becomes one of that."""
+def _rebound(value: Any, model: nn.Module, other: nn.Module) -> Any:
+    """An attribute of a model for another one: a method of the model becomes one of the other."""
     if isinstance(value, MethodType) and value.__self__ is model:
-        return MethodType(value.__func__, converted)
+        return MethodType(value.__func__, other)
     return value
 
 

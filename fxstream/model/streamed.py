@@ -17,6 +17,7 @@ The contract is that of `torch.utils.checkpoint`. Its rules:
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain, islice
@@ -27,15 +28,26 @@ from torch import fx, nn
 
 from ..errors import DoubleBackwardError, StreamingError
 from ..graph.serialize import dump_graph, load_graph
-from ..graph.trace import Assumptions
+from ..graph.trace import Assumptions, traced_again
 from ..memory.fit import Fit, fitted
 from ..scan.call import Call, new_call
-from ..scan.checks import check_attributes, check_hooks, check_image, check_modes, check_transforms, check_whole
+from ..scan.checks import (
+    check_attributes,
+    check_hooks,
+    check_image,
+    check_transforms,
+    check_whole,
+    in_modes,
+    mode_error,
+)
 from ..scan.noise import restored_on_failure
 from ..scan.settings import Settings
 from ..scan.tape import detached_leaves
 from ..scan.tiles import Scan
 from .older import upgraded
+
+MOST_MODES = 32
+"""In how many other combinations of modes a graph is remembered to be the same."""
 
 
 class Streamed(nn.Module):
@@ -55,6 +67,8 @@ class Streamed(nn.Module):
         """The converted model, in a tuple, since nn.Module would register it as a submodule. Empty in a copy of this
         module alone."""
         self._fits: dict[str, Fit] = {}
+        self._other_modes: deque[Assumptions] = deque(maxlen=MOST_MODES)
+        """What holds in other modes in which the model's graph has been found to be the same, the latest last."""
 
     def bind(self, owner: nn.Module) -> None:
         """Use the modules of `owner`, the converted model."""
@@ -83,20 +97,30 @@ class Streamed(nn.Module):
                 "Way out: copy or pickle the converted model as a whole"
             )
         (owner,) = self._owner
-        assumed = self.assumptions
         called = (str(node.target) for node in self.graph.nodes if node.op == "call_module")
         modules = {path: owner.get_submodule(path) for path in dict.fromkeys(called)}
         names = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         check_image(image, self.settings)
         check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
-        check_hooks(modules, {path: owner.get_submodule(path) for path in assumed.entered})
-        check_modes(owner, assumed.modes)
-        check_attributes(owner, assumed.attributes)
+        check_hooks(modules, {path: owner.get_submodule(path) for path in self.assumptions.entered})
+        check_attributes(owner, self._holding(owner).attributes)
         call, tensors = new_call(self.graph, self.settings, modules, image, inputs)
         if self.settings.tiling.sizes is None:
             tiles, budget = self._fitted(call, tensors)
             call = replace(call, tiles=tiles, budget=budget)
         return call, tensors
+
+    def _holding(self, owner: Any) -> Assumptions:
+        """The assumptions that hold in the present modes of `owner`. Raises ModeError if its graph is another one."""
+        for known in (self.assumptions, *self._other_modes):
+            if in_modes(owner, known.modes):
+                return known
+        original = owner._as_original()
+        found = original and traced_again(original, self.assumptions, self.settings.freeze_batchnorm)
+        if found is None:
+            raise mode_error(owner, self.assumptions.modes)
+        self._other_modes.append(found)
+        return found
 
     def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Fit:
         """The tiles for a call; found once for all calls that are alike in what matters to memory."""
@@ -115,6 +139,7 @@ class Streamed(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = upgraded(state)
+        state = {"_other_modes": deque(maxlen=MOST_MODES), **state}
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
 
 

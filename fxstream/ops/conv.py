@@ -139,16 +139,20 @@ def transposed(
     if problem := _kernel_problem(x, axes, weight, bias) or _channel_problem(x, weight.shape[0]):
         return problem
     stride, dilation = per_axis(stride, axes), per_axis(dilation, axes)
-    sizes = zip(
-        weight.shape[2:], stride, dilation, per_axis(padding, axes), per_axis(output_padding, axes), strict=True
-    )
+    # A module computes it from its output_size, and so from sizes of the image, which are known only at the call.
+    output_padding = per_axis(output_padding, axes)
+    pending = any(isinstance(amount, Symbol) for amount in output_padding)
+    added = (0,) * axes if pending else output_padding
+    sizes = zip(weight.shape[2:], stride, dilation, per_axis(padding, axes), added, strict=True)
     windows = {axis: Transposed(*size) for axis, size in enumerate(sizes, start=2)}
     if any(window.output_padding >= max(window.step, window.dilation) for window in windows.values()):
         return NotLocal("pads its output by a whole stride, which torch refuses")
     if any(isinstance(size, Unknown) for size in output_size or ()):
         return NotLocal("has an output_size that is not known before the call")
     sizes_given = dict(enumerate(tuple(output_size)[-axes:], start=2)) if output_size is not None else {}
-    if any(isinstance(number, Symbol) for number in (*sizes_given.values(), *(dim.size for dim in x.dims[2:]))):
+    if pending:
+        dims = x.resized({dim: Symbol() for dim in range(2, x.rank)})
+    elif any(isinstance(number, Symbol) for number in (*sizes_given.values(), *(dim.size for dim in x.dims[2:]))):
         dims = x.resized(sizes_given) if sizes_given else x.slid(windows)
     else:
         windows = {

@@ -104,11 +104,28 @@ def batch_norm_function(
     )
 
 
-def instance_norm(m: Any, input: Value) -> Local | NotLocal:
-    if m.track_running_stats and not m.training:
-        return batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, False, m.eps, "")
-    if m.track_running_stats:
+def instance_norm_module(m: Any, input: Value) -> Local | NotLocal:
+    own = m.training or not m.track_running_stats
+    return instance_norm(input, m.running_mean, m.running_var, m.weight, m.bias, own, eps=m.eps)
+
+
+@register(F.instance_norm)
+def instance_norm(
+    input: Value,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Local | NotLocal:
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, eps, "")
+    if running_mean is not None:
         return NotLocal("updates its running statistics", "call .eval() on it")
+    if any(isinstance(parameter, Value) for parameter in (weight, bias)):
+        return NotLocal("has parameters that depend on the image")
     if tags := input.tags(range(1, input.rank)):
         return NotLocal(
             f"needs the mean and variance over the streamed axes {', '.join(tags)}",
@@ -116,7 +133,6 @@ def instance_norm(m: Any, input: Value) -> Local | NotLocal:
         )
     if math.prod(2 if dim.known is None else dim.known for dim in input.dims[2:]) == 1:
         raise ValueError("an instance norm of single values")  # torch's own condition
-    weight, bias, eps = m.weight, m.bias, m.eps
 
     def run(block: torch.Tensor) -> torch.Tensor:
         return _strided_alike(F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))
@@ -128,6 +144,6 @@ _register_norm(nn.BatchNorm1d, batch_norm_module, (2, 3), None)
 _register_norm(nn.BatchNorm2d, batch_norm_module, (4,), 2)
 _register_norm(nn.BatchNorm3d, batch_norm_module, (5,), 3)
 _register_norm(nn.SyncBatchNorm, batch_norm_module, (2, 3, 4, 5), None)
-_register_norm(nn.InstanceNorm1d, instance_norm, (3,), None)
-_register_norm(nn.InstanceNorm2d, instance_norm, (4,), 2)
-_register_norm(nn.InstanceNorm3d, instance_norm, (5,), 3)
+_register_norm(nn.InstanceNorm1d, instance_norm_module, (3,), None)
+_register_norm(nn.InstanceNorm2d, instance_norm_module, (4,), 2)
+_register_norm(nn.InstanceNorm3d, instance_norm_module, (5,), 3)

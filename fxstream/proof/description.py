@@ -45,7 +45,8 @@ def of_modules(root: nn.Module) -> Description:
     found: Description = {}
     for path, module in root.named_modules():
         left_out = _REGISTRIES | computed_weights(module)
-        attributes = {name: value for name, value in vars(module).items() if name not in left_out}
+        scripted = isinstance(module, torch.jit.ScriptModule)  # its attributes are in C++
+        attributes = {} if scripted else {name: value for name, value in vars(module).items() if name not in left_out}
         for name, value in {**module._parameters, **module._buffers, **attributes}.items():
             # Objects of libraries, such as loggers, are not part of the model's state.
             found.update(_items(f"{path}.{name}" if path else name, value, seen, every_object=False))

@@ -14,10 +14,12 @@ from ..graph.prefix import Prefix
 
 SIZES = {
     1: (64, 128, 256, 1024, 4096, 32),
-    2: (64, 96, 128, 224, 256, 32, 512),
+    2: (64, 96, 128, 224, 256, 32, 320, 512),
     3: (16, 32, 48, 64, 24),
 }
 """Sizes of all spatial axes to try, by the number of spatial axes."""
+_SMALL = 2**15
+"""Of images with more positions, one at a time is tried before two."""
 MOST = 2**24
 """An image of more elements is not small."""
 
@@ -84,24 +86,23 @@ def _shapes(prefix: Prefix, channels: int | None, example_input: torch.Tensor | 
         if 0 < example_input.numel() <= MOST:
             yield tuple(example_input.shape)
         counts = [channels or int(example_input.shape[1])]
-    for batch in (2, 1):
+    for further in (False, True):
         for size in SIZES[axes]:
+            # Two images show what mixes them, and are normalised where each has one position left.
+            batch = 2 if (size**axes <= _SMALL) is not further else 1
             for count in counts:
-                shape = (batch, count, *(size,) * axes)
-                if math.prod(shape) <= MOST:
-                    yield shape
+                if batch * count * size**axes <= MOST:
+                    yield (batch, count, *(size,) * axes)
 
 
 def _channels(prefix: Prefix) -> list[int]:
-    """Numbers of channels to try: what the first convolution behind the image reads, if there is one."""
+    """Numbers of channels to try: at first what the first convolution reads, behind the image or in the model."""
     waiting, seen = [prefix.image], {prefix.image}
     for node in waiting:
-        module = prefix.trace.module_of(node)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return [module.in_channels]
         new = [user for user in node.users if user not in seen]
         waiting += new
         seen.update(new)
-    # Its weight may be computed, so that no node calls it.
-    convolutions = (one for one in prefix.trace.modules.values() if isinstance(one, nn.modules.conv._ConvNd))
-    return list(dict.fromkeys([*(one.in_channels for one in list(convolutions)[:1]), 3, 1, 4]))
+    # The weight of the first one may be computed, so that no node calls it.
+    modules = [*map(prefix.trace.module_of, waiting), *prefix.trace.modules.values()]
+    read = [module.in_channels for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
+    return list(dict.fromkeys([*read[:1], 3, 1, 4]))

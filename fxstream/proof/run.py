@@ -207,9 +207,9 @@ class GraphRun(fx.Interpreter):
         return {} if target.startswith("**") else ()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = super().call_function(target, args, kwargs)
-        # Whoever reads what an index write has changed reads the result of the write.
-        return args[0] if target is operator.setitem else result
+        found = super().call_function(target, args, kwargs)
+        # In a streamed graph, what reads the overwritten value reads this node.
+        return args[0] if target is operator.setitem else found
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target not in self.inlined:

@@ -94,23 +94,26 @@ def check_hooks(called: Mapping[str, nn.Module], entered: Mapping[str, nn.Module
             )
 
 
-def check_modes(owner: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Raises ModeError if a module is not in the mode in which its forward was traced."""
-    for path, training in modes.items():
-        module = owner.get_submodule(path)
-        if module.training is training:
-            continue
-        if isinstance(module, _BatchNorm) and module.training:
-            raise BatchNormModeError(
-                f"{path} is in training mode and needs the mean and variance over the streamed axes. "
-                "Way out: call .eval() on it, or convert with freeze_batchnorm=True."
-            )
-        mode, now = ("eval", "train") if module.training else ("train", "eval")
-        raise ModeError(
-            f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
-            f"called in {now} mode. Way out: call .{mode}(), convert the model again in {now} mode, or register a rule "
-            "for this module (docs/your_own_op.md)."
+def in_modes(owner: nn.Module, modes: Mapping[str, bool]) -> bool:
+    """Whether modules are in the modes, training or evaluation, that are given by their paths."""
+    return all(owner.get_submodule(path).training is training for path, training in modes.items())
+
+
+def mode_error(owner: nn.Module, modes: Mapping[str, bool]) -> ModeError:
+    """The error for the first module that is not in the mode in which its forward was traced."""
+    path = next(path for path, training in modes.items() if not in_modes(owner, {path: training}))
+    module = owner.get_submodule(path)
+    if isinstance(module, _BatchNorm) and module.training:
+        return BatchNormModeError(
+            f"{path} is in training mode and needs the mean and variance over the streamed axes. "
+            "Way out: call .eval() on it, or convert with freeze_batchnorm=True."
         )
+    mode, now = ("eval", "train") if module.training else ("train", "eval")
+    return ModeError(
+        f"the forward of {path or 'the model'} depends on its mode: it was converted in {mode} mode and is "
+        f"called in {now} mode. Way out: call .{mode}(), convert the model again in {now} mode, or register a rule "
+        "for this module (docs/your_own_op.md)."
+    )
 
 
 def check_attributes(owner: nn.Module, attributes: Mapping[str, Mapping[str, Held]]) -> None:
