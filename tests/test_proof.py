@@ -535,3 +535,9 @@ def test_a_wrong_rule_of_a_users_own_is_found_unless_the_prefix_draws(following:
         fxstream.ProofError, match=r"in tiles of \(32, 32\): the output differs.*1 \(Blurred\).*check_op"
     ):
         fxstream.convert(model, 16)
+
+
+def test_a_value_that_is_the_image_itself_is_proved() -> None:
+    """A cast that changes nothing returns what it is given; the rule of a cast is fxstream's own."""
+    model = Body(lambda m, x: (m.conv(x.to(m.conv.weight)), x.to(m.conv.weight)), conv=nn.Conv2d(3, 4, 3))
+    fxstream.convert(model, 8)

@@ -145,8 +145,8 @@ class Given:
         )
 
     def form_of(self, name: str) -> Any:
-        """What the forward was traced with for an argument, by the name of its placeholder."""
-        return next(form for slot, form in self.forms.items() if slot.name == name)
+        """What the forward was traced with for an argument, by the name of its placeholder; captures do not tell."""
+        return next((form for slot, form in self.forms.items() if slot.name == name), Unspecified())
 
     def ordered(self, arguments: Mapping[Slot, Any]) -> list[Any]:
         """The arguments of a call in the order of the placeholders."""
