@@ -78,7 +78,6 @@ max(<<SIZE>>, 10)
 pow(<<SIZE>>, 2)
 <<SIZE>>.bit_length()
 float(f"{<<SIZE>>}.5")
-len(f"{<<SIZE>>:04d}")
 (3 if <<IF>> else 0.25)
 self.scale
 self.gain
