@@ -63,7 +63,7 @@ def check(
     """A step of the converted model against one of the plain model, in float64."""
     plain, converted = pair(build().double().to(DEVICE), tile, **options)
     if options.get("freeze_batchnorm"):
-        freeze_batchnorms(plain, converted)
+        freeze_batchnorms(plain)
     image = torch.randn(shape, dtype=torch.float64)
     assert_close(step(converted, put(image, place)), step(plain, image.to(DEVICE)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,15 @@ def test_a_function_of_ones_own_is_seen_under_its_global_name(monkeypatch: pytes
 
 def soften(x: torch.Tensor, by: float) -> torch.Tensor:
     return x.tanh() * by if x.numel() else x  # a condition that torch.fx cannot trace
+
+
+def test_the_second_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the code in docs/compile.md does, except for the backend's name, which an installed package has."""
+    first, second = re.findall(r"```python\n(.*?)```", (DOCS / "compile.md").read_text(), re.DOTALL)
+    (tmp_path / "compiling.py").write_text(first)  # TorchDynamo names lines of code by their file
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = import_module("compiling")
+    assert module.model.calls == 1
+    assert all(parameter.grad.any() for parameter in module.model.parameters())
+    by_object = second.splitlines()[1]
+    exec(f"{by_object}\ncompiled(torch.randn(1, 3, 200, 150))", vars(module))

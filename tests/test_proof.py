@@ -230,11 +230,17 @@ def _two_branches(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.drop(m.last(y)).sum((2, 3)) + head
 
 
+def _changed(module: nn.Module) -> nn.Module:
+    """The weight that its hook has computed does not belong to its parameters any more."""
+    module.weight_g.data.mul_(2)  # type: ignore[operator, union-attr]  # a parameter
+    return module
+
+
 SAME: dict[str, Callable[[], nn.Module]] = {
     "modules in containers": Listed,
     "a recurrent layer": Recurrent,
     "a checkpoint": Checkpointed,
-    "weight_norm": lambda: nn.utils.weight_norm(nn.Conv2d(4, 4, 3)),
+    "weight_norm": lambda: _changed(nn.utils.weight_norm(nn.Conv2d(4, 4, 3))),
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)),
     "pruning": lambda: nn.utils.prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5),
     "an in-place operation": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Hardswish(inplace=True)),
@@ -260,10 +266,37 @@ def test_an_ordinary_model_in_training_mode_is_proved_and_left_as_it_was(name: s
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_frozen_batch_norm_is_proved_as_frozen() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+class OwnNorm(nn.BatchNorm2d):
+    """Is traced through."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, OwnNorm])
+def test_a_frozen_batch_norm_is_proved_as_frozen(norm: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.Conv2d(4, 4, 3))
     fxstream.convert(model.train(), 16, freeze_batchnorm=True)
     assert model[1].training
+
+
+@pytest.mark.filterwarnings("ignore:streaming ends")
+def test_a_model_that_overwrites_its_input_is_proved() -> None:
+    convolutions = {"first": nn.Conv2d(3, 4, 3), "last": nn.Conv2d(3, 4, 3)}
+    fxstream.convert(Body(lambda m, x: m.first(x * 2) + m.last(x.mul_(2) + 1), **convolutions), 16)
+
+
+def test_the_graphs_of_the_partition_are_run_and_not_the_traced_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(prefix: Any, name: str) -> Any:
+        parts = partition(prefix, name)
+        (call,) = (node for node in parts.streamed.nodes if node.name == "last")
+        call.target = "other"
+        return parts
+
+    partition = fxstream.conversion.partition
+    monkeypatch.setattr(fxstream.conversion, "partition", wrong)
+    with pytest.raises(fxstream.ProofError, match="the output differs"):
+        fxstream.convert(net(other=nn.Conv2d(4, 2, 3, padding=1)), 16)
 
 
 # What is left alone.
@@ -541,3 +574,22 @@ def test_a_value_that_is_the_image_itself_is_proved() -> None:
     """A cast that changes nothing returns what it is given; the rule of a cast is fxstream's own."""
     model = Body(lambda m, x: (m.conv(x.to(m.conv.weight)), x.to(m.conv.weight)), conv=nn.Conv2d(3, 4, 3))
     fxstream.convert(model, 8)
+
+
+# Copies of module trees, which the converted model is, too.
+
+
+@pytest.mark.filterwarnings("ignore:streaming ends")
+def test_containers_and_closures_of_a_converted_model_hold_its_own_modules() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Listed())
+    converted = fxstream.convert(model, 16)
+    inside = converted.get_submodule("2")
+    assert inside is not model[2]
+    assert inside.layers == [inside.conv, (inside.norm,)]  # type: ignore[comparison-overlap]
+    before = model[2].layers
+    inside.norm.eval()
+    image = torch.zeros(1, 1, 1, 1).expand(1, 4, 1, 1)
+    assert inside.act(image).shape == image.shape  # its batch norm is not in training mode, which would fail
+    assert model[2].layers is before
+    assert before[0] is model[2].conv
+    assert model[2].norm.training

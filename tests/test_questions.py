@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,10 @@ def _squeezed(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.last(y) * (2 if x.squeeze().dim() == 4 else 3)
 
 
+def _of_array(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.last(m.first(x)) * (2 if np.all(np.array(x.shape[2:]) % 8 == 0) else 3)
+
+
 def _of_elements(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.last(m.first(x)) * (2 if x.numel() > 1000 else 3)
 
@@ -129,7 +134,7 @@ def _part_of_a_shape(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 BODIES: list[Callable[[Any, torch.Tensor], torch.Tensor]] = [
     *(_unless_image, _unless_rgb, _star, _padded, _square, _rounded, _resized, _as_often_as_rows, _looked_up, _listed),
-    *(_of_dtype, _of_device, _squeezed, _of_elements, _written, _said, _divided, _part_of_a_shape),
+    *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _written, _said, _divided, _part_of_a_shape),
 ]
 
 

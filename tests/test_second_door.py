@@ -520,21 +520,34 @@ def test_what_convert_refuses_is_refused() -> None:
         fxstream.compile(net(), "auto")
 
 
-def test_a_rule_that_computes_with_a_parameter_is_an_error() -> None:
+def softened(x: torch.Tensor, by: float) -> torch.Tensor:
+    return torch.tanh(x) * by
+
+
+def test_a_rule_of_ones_own_for_a_function_that_torch_does_not_look_into(
+    monkeypatch: pytest.MonkeyPatch, prefixes: Prefixes
+) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    fxstream.register(softened)(lambda x, by: registry.Local((x,), x.dims, lambda block: softened(block, by)))
+    torch._dynamo.allow_in_graph(softened)
+    try:
+        check(Body(lambda self, x: softened(self.first(x), 0.5), first=conv()))
+        assert [node.target for node in prefixes[0].nodes][1:] == [softened]
+    finally:
+        torch._dynamo.disallow_in_graph(softened)
+
+
+def test_a_rule_that_computes_with_a_parameter_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for a parameter that is an input of the graph."""
 
     def rule(input: Any, weight: Any) -> Any:
         doubled = weight.sum() * 2
         return registry.Local((input,), input.dims, lambda block: block * doubled)
 
-    rules = dict(registry._RULES)
-    try:
-        fxstream.register(F.prelu)(rule)
-        with pytest.raises(fxstream.StreamingError, match=r"computes with a tensor itself \(sum, mul\)"):
-            check(chain(conv(), nn.PReLU(4)))
-    finally:
-        registry._RULES.clear()
-        registry._RULES.update(rules)
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    fxstream.register(F.prelu)(rule)
+    with pytest.raises(fxstream.StreamingError, match=r"computes with a tensor itself \(sum, mul\)"):
+        check(chain(conv(), nn.PReLU(4)))
 
 
 def test_an_image_that_is_too_small() -> None:

@@ -517,3 +517,34 @@ def test_a_forward_that_adds_a_submodule_is_named_by_what_it_does() -> None:
 
     (stop,) = fxstream.analyze(nn.Sequential(conv(), Growing())).stops
     assert stop.reason.startswith("1 is one opaque call: torch.fx cannot trace it: its forward assigns attributes (")
+
+
+def _pooled_by(pool: Callable[[], nn.Module]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    return lambda m, x: m.last(pool()(m.first(x)))
+
+
+MADE = {
+    "a pooling": lambda: nn.AvgPool2d(2),
+    "nested": lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.Upsample(scale_factor=2), nn.MaxPool2d(3))),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_module_without_parameters_that_is_made_in_forward_is_traced_through(name: str) -> None:
+    model = Body(_pooled_by(MADE[name]), first=conv(), last=conv())
+    assert_exact(model, IMAGE, 4, whole=True)
+
+
+def _hooked() -> nn.Module:
+    made = nn.ReLU()
+    made.register_forward_hook(lambda module, args, result: result * 2)
+    return made
+
+
+@pytest.mark.parametrize(
+    "made", [nn.BatchNorm2d(3).double().eval(), conv(), _hooked()], ids=["buffers", "parameters", "hook"]
+)
+def test_a_module_with_state_that_is_not_a_submodule_is_refused(made: nn.Module) -> None:
+    """Its parameters would be constants of the graph."""
+    with pytest.raises(fxstream.TraceError, match=f"calls a {type(made).__name__}, which .* not one of the"):
+        fxstream.convert(Body(_pooled_by(lambda: made), first=conv(), last=conv()), 4)

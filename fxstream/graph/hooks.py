@@ -20,6 +20,11 @@ def _all(module: nn.Module) -> Iterator[Any]:
         yield from getattr(module, registry).values()
 
 
+def runs_own_hooks(module: nn.Module) -> bool:
+    """Whether any hook of its own runs when the module is called."""
+    return any(True for _ in _all(module))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run when the module is called, other than those that compute its weights."""
     return any(not isinstance(hook, _COMPUTING) for hook in _all(module))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch import fx
 from torch.fx.proxy import Proxy, TracerBase
@@ -17,6 +18,10 @@ from .facts import UnknownFactError
 
 class UnrecordedError(Exception):
     """A forward does something that a graph does not record."""
+
+
+_OF_NUMPY = ("__array_interface__", "__array_struct__")
+"""What numpy asks an object for before it calls its `__array__`."""
 
 
 class RecordingProxy(Proxy):
@@ -44,6 +49,8 @@ class RecordingProxy(Proxy):
         return found
 
     def __getattr__(self, name: str) -> Any:
+        if name in _OF_NUMPY:
+            raise AttributeError(name)
         if name in ("dtype", "device"):
             try:
                 return getattr(self.tracer.facts, name)(self.node)
@@ -99,6 +106,9 @@ class RecordingProxy(Proxy):
         if asking.partition(".")[0] in ("torch", "fxstream"):
             return Proxy.__repr__(self)
         return write(self.tracer.answer("value", self.node))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return numpy.array(self.tracer.answer("value", self.node), *args, **kwargs)
 
     def __hash__(self) -> int:
         # It could be answered, but then a proxy would stay behind in whatever cache it is a key of.

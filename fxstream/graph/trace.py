@@ -37,7 +37,7 @@ from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .arguments import Given, Parameters, Slot, is_constant, surroundings
 from .attributes import Held, held
 from .facts import Facts, UnknownFactError
-from .hooks import computed_weights, has_hooks
+from .hooks import computed_weights, has_hooks, runs_own_hooks
 from .proxy import RecordingProxy, UnrecordedError
 from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
 from .replaced import replaced_functions
@@ -194,7 +194,12 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if not self.recording():
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        # Hooks that torch runs in every module are made for tensors; those of one module see to it that it is entered.
+        forward = forward if runs_own_hooks(m) else m.forward
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            return self._without_state(m)(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.entered.append(path)
@@ -217,6 +222,15 @@ class _Tracer(fx.Tracer):
         while len(self.module_stack) > depth:
             self.module_stack.popitem()
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def _without_state(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a module that the model does not have as a submodule: most often, forward has just made it."""
+        if any(True for _ in (*module.parameters(), *module.buffers())) or runs_own_hooks(module):
+            raise UnrecordedError(
+                f"it calls a {type(module).__name__}, which has parameters, buffers or hooks and is not one of the "
+                "model's submodules"
+            )
+        return module.forward
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """What a forward gets for an attribute: a proxy for a parameter or buffer.

@@ -118,7 +118,6 @@ class _Proof:
             arguments,
             image=self.image,
             extras=self.prefix.trace.constants,
-            backward=not plain.undifferentiable,
         )
 
     # Comparison.
@@ -163,7 +162,6 @@ class _Proof:
                 lambda twin, given: self._call(self.tiled(twin, sizes), given),
                 arguments,
                 image=self.image,
-                backward=not plain.undifferentiable,
             )
         except StreamingError:
             return  # a call raises it, too: nothing is silent
@@ -244,8 +242,6 @@ def _difference(plain: Outcome, graph: Outcome, tolerance: float) -> str | None:
         return "they draw different random numbers"
     if problem := difference(plain.state, graph.state, tolerance):
         return f"after the call, {problem}"
-    if plain.undifferentiable:
-        return None
     return gradient_difference(plain.gradients, graph.gradients, _rounding(plain))
 
 

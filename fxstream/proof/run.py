@@ -40,7 +40,7 @@ class Outcome:
     drew: bool
     """Whether random numbers were drawn."""
     undifferentiable: str = ""
-    """Why the backward pass failed; empty if it did not."""
+    """Why the backward pass failed, which leaves no gradients; empty if it did not."""
 
 
 class Bench:
