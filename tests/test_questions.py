@@ -109,7 +109,7 @@ def _of_elements(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _written(m: Any, x: torch.Tensor) -> torch.Tensor:
     y = m.first(x)
-    key, other = f"{y.shape[2]}x{y.shape[3]:04d}", "%d" % y.shape[2] + str(tuple(y.shape[2:]))
+    key, other = f"{y.shape[2]}x{y.shape[3]:04d}", f"{y.shape[2]:d}" + str(tuple(y.shape[2:]))
     return m.last(y * {"21x0018": 2.0, "16x0024": 3.0}.get(key, 0.5)) * len(other)
 
 
