@@ -91,7 +91,7 @@ CALLS: list[tuple[Callable[[], nn.Module], list[tuple[tuple[Any, ...], dict[str,
         ],
     ),
     (Required, [((MASK, 2.0), {}), ((None, 2.0), {}), ((MASK, 3), {}), ((), {"gain": 1.5, "mask": None})]),
-    (Sizes, [((), {}), (((8, 5),), {}), (([9, 9],), {}), ((), {"dims": [2]})]),
+    (Sizes, [((), {}), (((8, 5),), {}), (([9, 9],), {}), ((torch.Size([8, 7]),), {}), ((), {"dims": [2]})]),
 ]
 
 

@@ -35,6 +35,8 @@ def _sorted(y: torch.Tensor) -> torch.Tensor:
         lambda m, y: _sorted(y).sum() * m.scale.view(1, y.shape[1], 1, 1),
         lambda m, y: _sorted(y).sum() * torch.arange(y.shape[2]).double().add_(1),
         lambda m, y: (_sorted(y), torch.arange(y.shape[2]), m.scale.to(y), y.new_zeros(2, 2)),
+        lambda m, y: y * y.new_full((4, 1, 1), y.shape[2]) + y.new_full(y.shape, y.shape[3]),
+        lambda m, y: _sorted(y).sum() * torch.full((1,), y.shape[2] / 2, dtype=y.dtype),
     ],
 )
 @pytest.mark.parametrize("budget", [None, "1GiB"])

@@ -227,6 +227,53 @@ def test_a_submodule_that_changes_something_stays_one_call(name: str) -> None:
     assert converted.get_submodule("inner").norm.training == plain.inner.norm.training
 
 
+CALLS = 0
+KEPT: list[torch.Tensor] = []
+
+
+def _globally(m: Any, y: torch.Tensor) -> torch.Tensor:
+    global CALLS
+    CALLS += 1
+    return y * CALLS
+
+
+def _kept(m: Any, y: torch.Tensor) -> torch.Tensor:
+    KEPT.append(y.detach())
+    return y * len(KEPT)
+
+
+def _newly(m: Any, y: torch.Tensor) -> torch.Tensor:
+    globals()["LATEST"] = y.shape[2]
+    return y
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+@pytest.mark.parametrize(("body", "name"), [(_globally, "CALLS"), (_kept, "KEPT"), (_newly, "LATEST")])
+def test_a_forward_that_changes_a_global_variable_is_refused_and_a_submodule_that_does_stays_one_call(
+    body: Any, name: str
+) -> None:
+    plain = Around(Trunk(body)).double()
+    with pytest.raises(fxstream.TraceError, match=rf"assigns attributes \(the global {name}\)"):
+        fxstream.convert(plain.inner, 8)
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert (CALLS, KEPT, "LATEST" in globals()) == (0, [], False)
+    assert head(converted) == ["inner"]
+    x = image()
+    try:
+        expected = [plain(x) for _ in range(2)]
+        _forget()
+        found = [converted(x) for _ in range(2)]
+    finally:
+        _forget()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def _forget() -> None:
+    KEPT.clear()
+    globals().update(CALLS=0)
+    globals().pop("LATEST", None)
+
+
 # Transforms that do not see through the scan.
 
 
@@ -455,6 +502,9 @@ class Required(nn.Module):
         (lambda y, scale: y if y.sum() > 0 else y * scale, "what is in a tensor is known only at a call"),
         (lambda y, scale: y if y.requires_grad else y * scale, "'requires_grad' of a tensor is known only at a call"),
         (lambda y, scale: y * scale * float(y.mean()), "what is in a tensor is known only at a call"),
+        (lambda y, scale: y * scale * len(f"{y}"), "what is in a tensor is known only at a call"),
+        (lambda y, scale: y * scale * len(str([y])), "what is in a tensor is known only at a call"),
+        (lambda y, scale: y * {"2.0": 3}.get(str(scale), 1), "nothing is known of the argument 'scale'"),
     ],
 )
 def test_what_is_not_known_while_tracing_is_refused(body: Callable[..., Any], message: str) -> None:

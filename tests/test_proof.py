@@ -570,6 +570,12 @@ def test_a_wrong_rule_of_a_users_own_is_found_unless_the_prefix_draws(following:
         fxstream.convert(model, 16)
 
 
+def test_a_value_that_is_the_image_itself_is_proved() -> None:
+    """A cast that changes nothing returns what it is given; the rule of a cast is fxstream's own."""
+    model = Body(lambda m, x: (m.conv(x.to(m.conv.weight)), x.to(m.conv.weight)), conv=nn.Conv2d(3, 4, 3))
+    fxstream.convert(model, 8)
+
+
 # Copies of module trees, which the converted model is, too.
 
 

@@ -112,9 +112,38 @@ def _of_elements(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.last(m.first(x)) * (2 if x.numel() > 1000 else 3)
 
 
+def _written(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.first(x)
+    key, other = f"{y.shape[2]}x{y.shape[3]:04d}", f"{y.shape[2]:d}" + str(tuple(y.shape[2:]))
+    return m.last(y * {"21x0018": 2.0, "16x0024": 3.0}.get(key, 0.5)) * len(other)
+
+
+def _said(m: Any, x: torch.Tensor) -> torch.Tensor:
+    try:
+        if x.shape[2] % 2:
+            raise ValueError(f"{x.shape[2]} rows are odd")
+    except ValueError as error:
+        return m.last(m.first(x)) * int(str(error)[:2])
+    return m.last(m.first(x))
+
+
+def _divided(m: Any, x: torch.Tensor) -> torch.Tensor:
+    quotient, rest = divmod(x.shape[2], 4)
+    return m.last(m.first(x)) * (quotient + 1 if rest else 2) * divmod(100, x.shape[3])[1]
+
+
+def _part_of_a_shape(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.first(x)
+    return m.last(y * 2 if y.shape[2:].numel() > 300 and isinstance(y.shape[2:], torch.Size) else y)
+
+
 BODIES: list[Callable[[Any, torch.Tensor], torch.Tensor]] = [
     *(_unless_image, _unless_rgb, _star, _padded, _square, _rounded, _resized, _as_often_as_rows, _looked_up, _listed),
+<<<<<<< HEAD
     *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _with_numbers_of_numpy),
+=======
+    *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _written, _said, _divided, _part_of_a_shape),
+>>>>>>> w14_fuzz
 ]
 
 
@@ -135,6 +164,18 @@ def test_questions_are_answered_for_every_size_and_dtype(body: Callable[..., Any
     for shape in SHAPES:
         x = torch.randn(shape)
         torch.testing.assert_close(converted(x), plain(x))
+
+
+def test_sizes_that_a_model_returns_are_numbers_and_shapes() -> None:
+    def sizes(m: Any, x: torch.Tensor) -> Any:
+        y = m.first(x)
+        return m.last(y), y.shape, y.shape[2:], y.shape[2], y.shape[3] // 2, {"both": list(y.shape[2:])}
+
+    plain, converted = pair(net(sizes), 8)
+    expected, found = plain(random(SHAPES[0]))[1:], converted(random(SHAPES[0]))[1:]
+    assert found == expected
+    assert [type(value) for value in found] == [type(value) for value in expected]
+    assert {type(size) for size in (*found[0], *found[1], found[2], found[3], *found[4]["both"])} == {int}
 
 
 def _example(given: bool) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def form_of(value: Any) -> Any:
 
 def is_constant(value: Any) -> bool:
     """Whether a forward gets an argument as it is, instead of a proxy."""
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list, torch.Size):
         return all(map(is_constant, value))
     return isinstance(value, _CONSTANTS)
 
@@ -145,7 +145,11 @@ class Given:
         )
 
     def form_of(self, name: str) -> Any:
+<<<<<<< HEAD
         """What the forward was traced with for an argument, by the name of its placeholder."""
+=======
+        """What the forward was traced with for an argument, by the name of its placeholder; captures do not tell."""
+>>>>>>> w14_fuzz
         return next((form for slot, form in self.forms.items() if slot.name == name), Unspecified())
 
     def ordered(self, arguments: Mapping[Slot, Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from torch import nn
 Held = Any
 """A number, a string, None or a tuple of these; or nested dicts of such, by key, index or name of an attribute."""
 _NUMBERS = (bool, int, float, complex, str, NoneType)
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fxstream"}
+LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fxstream"}
 """Packages whose objects are not a user's own."""
 
 
@@ -61,7 +61,7 @@ def is_plain_object(value: Any) -> bool:
         return True
     if isinstance(value, (type, FunctionType, MethodType, nn.Module, torch.Tensor)) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in _LIBRARIES
+    return type(value).__module__.partition(".")[0] not in LIBRARIES
 
 
 def _is_number(value: Any) -> bool:

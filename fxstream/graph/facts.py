@@ -80,6 +80,8 @@ class Facts:
     def dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype of a tensor."""
         found: torch.dtype = self._tensor(node).dtype
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise UnknownFactError("tensors on the meta device are not cast by torch.autocast")
         self._note(Question.FORM)
         return found
 
@@ -232,7 +234,9 @@ class Facts:
                 self._devices[node] = self._devices[node.all_input_nodes[1]]
         if isinstance(kwargs.get("device"), (str, int)):
             kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
-        args, kwargs = fx.node.map_aggregate((args, kwargs), on_meta)
+        if any(isinstance(leaf, torch.device) for leaf in leaves((args, kwargs))):
+            # Only then, since fx makes plain tuples of a torch.Size.
+            args, kwargs = fx.node.map_aggregate((args, kwargs), on_meta)
         if named:
             self._devices[node] = set(named)
         elif not self._devices[node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class RecordingProxy(Proxy):
     - In-place operators are recorded. Python would otherwise turn `x += y` into `x = x + y`.
     - Assigning an attribute (`x.data = ...`) is refused, since it would change only the proxy.
     - What is known of the value is answered: its dtype and device, and a number where Python itself needs it, as for
-      `if` or `range`. What is not known is refused.
+      `if`, `range` or text. What is not known is refused.
     - A number is refused as a key of a dict, a member of a set, or an argument of a function with a cache.
     """
 
@@ -79,6 +80,28 @@ class RecordingProxy(Proxy):
 
     def __round__(self, *digits: int) -> Any:
         return round(self.tracer.answer("value", self.node), *digits)
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __str__(self) -> str:
+        return self._written(str)
+
+    def __repr__(self) -> str:
+        return self._written(repr)
+
+    def __format__(self, how: str) -> str:
+        return self._written(lambda value: format(value, how))
+
+    def _written(self, write: Callable[[Any], str]) -> str:
+        """The value as text, which a forward may use as a key; in error messages of torch and of ours, only a name."""
+        asking = sys._getframe(2).f_globals.get("__name__", "")
+        if asking.partition(".")[0] in ("torch", "fxstream"):
+            return Proxy.__repr__(self)
+        return write(self.tracer.answer("value", self.node))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return numpy.array(self.tracer.answer("value", self.node), *args, **kwargs)

@@ -7,12 +7,13 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from .attributes import is_plain_object
+from .attributes import LIBRARIES, is_plain_object
 from .hooks import computed_weights
 
 _CONTAINERS = (dict, list, set, deque)
@@ -21,7 +22,10 @@ MOST_OBJECTS = 20_000
 
 
 class Snapshot:
-    """What all modules of a model hold, and the containers and plain objects that can be reached from them."""
+    """What all modules of a model hold, and the containers and plain objects that can be reached from them.
+
+    Besides, the global variables of the files in which the classes of the modules are written.
+    """
 
     def __init__(self, model: nn.Module):
         self._contents: dict[int, tuple[Any, Any]] = {}
@@ -34,6 +38,12 @@ class Snapshot:
         most = len(modules) + MOST_OBJECTS
         for module in modules:
             self._held_by[module] = [("", module), *self._reached(module, most)]
+        self._globals: dict[int, _Globals] = {}
+        """By the ids of the dicts that hold them."""
+        for module in modules:
+            for names in _namespaces(module):
+                if id(names) not in self._globals:
+                    self._globals[id(names)] = _Globals(names)
 
     def _reached(self, module: nn.Module, most: int) -> Iterator[tuple[str, Any]]:
         """Note what can be reached from a module, the nearest first, until `most` things have been noted."""
@@ -49,8 +59,13 @@ class Snapshot:
         self._contents[id(thing)] = (thing, _contents(thing).copy())
 
     def changed(self, *modules: nn.Module) -> list[str]:
-        """The names of attributes that are not what they were, in some modules and in what is reached from them."""
+        """The names of attributes and global variables that are not what they were.
+
+        Attributes of some modules and of what is reached from them, and variables of the files of their classes.
+        """
         found: list[str] = []
+        for variables in self._globals_of(*modules):
+            found += (f"the global {name}" for name in variables.changed())
         for module in modules:
             computed = computed_weights(module)
             for name, thing in self._held_by.get(module, ()):  # none for a module that forward has made
@@ -70,6 +85,8 @@ class Snapshot:
         """Put everything back."""
         for thing, _ in self._contents.values():
             self._restore(thing)
+        for variables in self._globals.values():
+            variables.restore()
 
     def restore_reached(self, modules: Iterable[nn.Module]) -> None:
         """Put back what some modules hold, and what is reached from them, even if other modules hold it, too."""
@@ -81,11 +98,57 @@ class Snapshot:
                 seen.add(id(thing))
                 self._restore(thing)
                 waiting.extend(part for _, part in _watched("", thing))
+            if isinstance(thing, nn.Module):
+                for variables in self._globals_of(thing):
+                    variables.restore()
+
+    def _globals_of(self, *modules: nn.Module) -> list[_Globals]:
+        """The global variables of the files of some modules' classes."""
+        found = {id(names) for module in modules for names in _namespaces(module)}
+        return [self._globals[name] for name in found if name in self._globals]
 
     def _restore(self, thing: Any) -> None:
         _, contents = self._contents[id(thing)]
         if not _same(_contents(thing), contents):
             _fill(thing, contents)
+
+
+class _Globals:
+    """The global variables of a file; of containers among them, what they hold."""
+
+    def __init__(self, names: dict[str, Any]):
+        self._names = names
+        self._values = {name: value for name, value in names.items() if not _is_definition(name, value)}
+        self._contents = {name: value.copy() for name, value in self._values.items() if isinstance(value, _CONTAINERS)}
+
+    def changed(self) -> set[str]:
+        """The names of variables that have other values, or hold something else."""
+        now = {name: value for name, value in self._names.items() if not _is_definition(name, value)}
+        other = (name for name in now.keys() | self._values.keys() if now.get(name) is not self._values.get(name))
+        held = (name for name, held in self._contents.items() if not _same(self._values[name], held))
+        return {*other, *held}
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for name in self.changed():
+            if name not in self._values:
+                del self._names[name]
+                continue
+            self._names[name] = self._values[name]
+            if name in self._contents:
+                _fill(self._values[name], self._contents[name])
+
+
+def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """The global variables of the files in which the classes of a user's module are written."""
+    for name in {kind.__module__ for kind in type(module).__mro__}:
+        if name.partition(".")[0] not in LIBRARIES and name in sys.modules:
+            yield vars(sys.modules[name])
+
+
+def _is_definition(name: str, value: Any) -> bool:
+    """Whether a global name is that of Python itself, or of a function, a class or a module."""
+    return name.startswith("__") or isinstance(value, (type, FunctionType, ModuleType))
 
 
 class RandomState:

@@ -81,7 +81,8 @@ for _name in ("zeros", "ones", "empty"):
 def new_full(input: Value, size: Any, fill_value: Any, **options: Any) -> Answer:
     if isinstance(fill_value, (Value, torch.Tensor, Unknown, Typed)):
         return NotLocal("fills a tensor with a number that is a tensor", "use torch.where")
-    return _created(lambda like, size, **rest: like.new_full(size, fill_value, **rest), tuple(size), input, **options)
+    options["fill_value"] = fill_value
+    return _created(lambda like, size, **rest: like.new_full(size, **rest), tuple(size), input, **options)
 
 
 @register("new_tensor")
@@ -109,7 +110,8 @@ for _name in ("zeros", "ones", "empty"):
 def full(size: Any, fill_value: Any, **options: Any) -> Answer:
     if isinstance(fill_value, (Value, torch.Tensor, Unknown, Typed)):
         return NotLocal("fills a tensor with a number that is a tensor", "use torch.where")
-    return _created(lambda like, size, **rest: torch.full(size, fill_value, **rest), tuple(size), None, **options)
+    options["fill_value"] = fill_value
+    return _created(lambda like, size, **rest: torch.full(size, **rest), tuple(size), None, **options)
 
 
 def _register_made(function: Callable[..., Any]) -> None:

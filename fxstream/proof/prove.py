@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ class _Proof:
 
     def _has_own_rule(self, node: fx.Node) -> bool:
         rule = rule_of(node, self.prefix.trace.module_of(node)) if node.op.startswith("call") else None
-        return rule is not None and rule.function.__module__.partition(".")[0] != "fxstream"
+        return rule is not None and _written(rule.function).__module__.partition(".")[0] != "fxstream"
 
     def _is_random(self) -> bool:
         streamed = set(self.prefix.nodes)
@@ -221,6 +222,13 @@ class _Proof:
         run = GraphRun(twin, self.prefix.trace.graph, given, {})
         with Recording(steps, lambda: label(run.current) if run.current else ""):
             run.run()
+
+
+def _written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself, of which there may be a partial one."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _first_line(error: Exception) -> str:

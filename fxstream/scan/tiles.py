@@ -84,6 +84,8 @@ class Scan:
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Typed):
                 return leaf.make(None if leaf.of is None else self.likes[leaf.of.index])
+            if isinstance(leaf, (Extent, Multiple)):
+                return int(leaf)
             return by_key[_key(leaf)] if isinstance(leaf, (Value, Total)) else leaf
 
         return tuple(_as_size(tree_map(fill, returned)) for returned in self.program.returns)
@@ -350,5 +352,5 @@ def _key(leaf: Value | Total) -> int | Total:
 
 def _as_size(returned: Any) -> Any:
     """A shape that is handed to the head, as the torch.Size that it would be there."""
-    sizes = isinstance(returned, tuple) and all(type(size) in (int, Extent, Multiple) for size in returned)
-    return torch.Size(map(int, returned)) if sizes else returned
+    sizes = isinstance(returned, tuple) and all(type(size) is int for size in returned)
+    return torch.Size(returned) if sizes else returned
