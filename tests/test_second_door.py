@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import Body, randomise
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxstream
 from fxstream import compilation
 from fxstream.compilation import named_backend
+from fxstream.graph.nodes import overwrites
 from fxstream.graph.prefix import Prefix
 from fxstream.ops import registry
 from fxstream.testing import compare
@@ -157,7 +158,9 @@ def test_sizes_of_a_square_image_that_are_equal_are_told_apart(dynamic: bool, pr
     assert whole(prefixes)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 36 * 40), (2, 4, 5, 8, 36), (8, 40, 36), (2, 4, 20, 72)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 36 * 40), (2, 4, 5, 8, 36), (8, 40, 36), (2, 4, 20, 72), (2, 40, 4, 36), (2, 4, 36, 40)]
+)
 def test_a_reshape_that_splits_or_merges_a_streamed_axis_is_refused(shape: tuple[int, ...], prefixes: Prefixes) -> None:
     check(Body(lambda self, x: self.first(x).view(shape) * 2, first=conv()), dynamic=None)
     assert ["by reshaping" in stop.reason for stop in prefixes[0].stops] == [True] * (shape != (8, 40, 36))
@@ -253,12 +256,12 @@ def test_more_objects_than_captures_are_allowed(prefixes: Prefixes) -> None:
 # Effects that are no data: regions, counters, checkpoints.
 
 
-def without_gradients(self: Any, x: torch.Tensor) -> torch.Tensor:
+def without_gradients(self: Any, x: torch.Tensor) -> Any:
     y = self.first(x)
     with torch.no_grad():
         factor = self.second(y).relu()
         weight = self.second.weight * 2
-    return F.conv2d(y, weight + self.second.weight, padding=1) * factor
+    return F.conv2d(y, weight + self.second.weight, padding=1) * factor, factor
 
 
 def half_in_the_middle(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -327,9 +330,9 @@ def test_gradients_that_are_enabled_inside_a_call_without_them(prefixes: Prefixe
 @BOTH
 def test_a_checkpoint_in_the_front_streams(dynamic: bool | None, prefixes: Prefixes) -> None:
     def body(self: Any, x: torch.Tensor) -> Any:
-        return self.second(checkpoint(lambda y: self.first(y).relu(), x, use_reentrant=False))
+        return self.second(checkpoint(lambda y: shuffled(self.inner, y), x, use_reentrant=False))
 
-    check(Body(body, first=conv(), second=conv(4, 4)), dynamic=dynamic)
+    check(Body(body, inner=BODIES["channel shuffle"](), second=conv(4, 4)), dynamic=dynamic)
     assert whole(prefixes)
 
 
@@ -356,6 +359,31 @@ def test_a_custom_function_ends_the_streamed_part(prefixes: Prefixes) -> None:
     assert "has no streaming rule" in prefixes[0].stops[0].reason
 
 
+@torch.library.custom_op("fxstream_test::double", mutates_args=("x",))
+def double_in_place(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def test_what_a_custom_operation_overwrites_is_not_streamed_past_it(prefixes: Prefixes) -> None:
+    def body(self: Any, x: torch.Tensor) -> Any:
+        y = self.first(x)
+        torch.ops.fxstream_test.double.default(y)
+        return self.second(y)
+
+    model = Body(body, first=conv(), second=conv(4, 4)).requires_grad_(False).double()
+    compiled = fxstream.compile(copy.deepcopy(model), 16, strict=True)
+    image = torch.randn(2, 3, 40, 36).double()
+    torch.testing.assert_close(compiled(image), model(image), rtol=0, atol=1e-10)
+    assert [node.name for node in prefixes[0].outputs] == ["y"]
+
+
+def test_a_higher_order_operation_may_overwrite_what_it_is_given() -> None:
+    graph = fx.Graph()
+    image = graph.placeholder("image")
+    assert overwrites(graph.call_function(torch.ops.higher_order.tag_activation_checkpoint, (image,)), None)
+    assert not overwrites(graph.call_function(torch.ops.aten.relu.default, (image,)), None)
+
+
 # Batch norms.
 
 
@@ -367,6 +395,13 @@ def test_frozen_batch_norms_use_and_keep_their_running_statistics(kind: Any, pre
     compare(model.eval(), compiled.train(), torch.randn(2, 3, 40, 36))
     assert compiled.get_buffer("layers.1.num_batches_tracked") == 0
     assert whole(prefixes)
+
+
+def test_batch_norms_behind_the_streamed_part_are_frozen_too() -> None:
+    model = Body(lambda self, x: self.norm(self.first(x).roll(1, 2)), first=conv(), norm=nn.BatchNorm2d(4))
+    model = randomise(model.double())
+    compiled = fxstream.compile(copy.deepcopy(model).train(), 16, freeze_batchnorm=True)
+    compare(model.eval(), compiled, torch.randn(2, 3, 40, 36))
 
 
 def test_batch_norms_that_train_count_their_batches(prefixes: Prefixes) -> None:
@@ -480,11 +515,12 @@ def test_nothing_to_stream(suppressed: bool) -> None:
         first_error(model, backend=fxstream.backend(16))
 
 
-def test_an_error_keeps_nothing_of_the_capture() -> None:
-    compiled = torch.compile(chain(nn.AdaptiveAvgPool2d(3)), backend=fxstream.backend(16))
+@pytest.mark.parametrize("tile", [16, (1, 2, 3)])
+def test_an_error_keeps_nothing_of_the_capture(tile: Any) -> None:
+    compiled = torch.compile(chain(nn.AdaptiveAvgPool2d(3)), backend=fxstream.backend(tile))
     image = torch.randn(1, 3, 40, 36)
     freed = weakref.ref(image)
-    with pytest.raises(fxstream.NothingToStreamError):
+    with pytest.raises(fxstream.StreamingError):
         compiled(image)
     del image
     gc.collect()

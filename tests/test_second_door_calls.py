@@ -88,6 +88,13 @@ def test_a_module_inside_a_plain_model() -> None:
     compare(plain, outer, image())
 
 
+def test_a_call_inside_another_one_counts_for_both() -> None:
+    model = Body(lambda self, x: torch._dynamo.disable(self.inner)(x), inner=Net())
+    plain, compiled = pair(model)
+    fxstream.compile(compiled.inner, 16, strict=True)
+    compare(plain, compiled, image())
+
+
 def test_keyword_arguments() -> None:
     plain, compiled = pair(Masked())
     picture, mask = image(), torch.rand(2, 1, 40, 36) > 0.5
@@ -231,6 +238,19 @@ def test_behind_a_graph_break_streaming_goes_on() -> None:
         return y.mean((2, 3))
 
     compare(*pair(Body(body, first=conv(), second=conv(4, 4))), image())
+
+
+def test_a_graph_behind_a_break_may_have_nothing_to_stream() -> None:
+    def body(self: Any, x: torch.Tensor) -> Any:
+        y = self.first(x)
+        torch._dynamo.graph_break()
+        return y.mean((2, 3))
+
+    model = Body(body, first=conv()).double()
+    compiled = torch.compile(model, backend=fxstream.backend(16))
+    with pytest.warns(fxstream.StreamingWarning, match=r"runs as it is: nothing at the front(.|\n)*takes the mean"):
+        found = compiled(picture := image())
+    torch.testing.assert_close(found, model(picture), rtol=0, atol=1e-10)
 
 
 def test_an_inner_function_of_which_nothing_streams_does_not_fail_the_call() -> None:

@@ -66,8 +66,9 @@ def assert_exact(name: str, prefixes: Prefixes, tile: Any) -> None:
         assert len(prefixes) == 1
         converted = fxstream.convert(copy.deepcopy(model), tile, example_input=picture, prove=False)
     # What this door streams is what the other one streams.
-    streamed = sum(node.op.startswith("call") for node in converted.get_submodule("streamed").graph.nodes)
-    assert len(prefixes[0].nodes) >= streamed * 0.9
+    called = (node.target for node in converted.get_submodule("streamed").graph.nodes if node.op == "call_module")
+    expected = sum(isinstance(converted.get_submodule(path), nn.Conv2d) for path in called)
+    assert sum(node.target is torch.conv2d for node in prefixes[0].nodes) == expected
 
 
 def test_a_network_of_torchvision(prefixes: Prefixes) -> None:
