@@ -139,11 +139,8 @@ def _part_of_a_shape(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 BODIES: list[Callable[[Any, torch.Tensor], torch.Tensor]] = [
     *(_unless_image, _unless_rgb, _star, _padded, _square, _rounded, _resized, _as_often_as_rows, _looked_up, _listed),
-<<<<<<< HEAD
     *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _with_numbers_of_numpy),
-=======
-    *(_of_dtype, _of_device, _squeezed, _of_elements, _of_array, _written, _said, _divided, _part_of_a_shape),
->>>>>>> w14_fuzz
+    *(_written, _said, _divided, _part_of_a_shape),
 ]
 
 

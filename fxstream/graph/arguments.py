@@ -145,11 +145,7 @@ class Given:
         )
 
     def form_of(self, name: str) -> Any:
-<<<<<<< HEAD
-        """What the forward was traced with for an argument, by the name of its placeholder."""
-=======
         """What the forward was traced with for an argument, by the name of its placeholder; captures do not tell."""
->>>>>>> w14_fuzz
         return next((form for slot, form in self.forms.items() if slot.name == name), Unspecified())
 
     def ordered(self, arguments: Mapping[Slot, Any]) -> list[Any]:
