@@ -145,9 +145,9 @@ gemma4_vit_167m ghostnet_100 mixer_s32_224 hardcorenas_a hgnet_tiny hiera_tiny_2
 inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small legacy_seresnet18 legacy_xception
 levit_128s lowformer_b0 mambaout_femto mobilenetv5_300m mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_gap
 nasnetalarge nest_tiny nextvit_small pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002
-repghostnet_050 repvit_m1 res2net50_26w_4s resnest14d resnetv2_50 rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s
-shvit_s1 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224
-vit_relpos_small_patch16_224 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
+repghostnet_050 repvit_m1 res2net50_26w_4s resnest14d resnetv2_50 rexnet_100 samvit_base_patch16 selecsls42
+sequencer2d_s shvit_s1 skresnet18 starnet_s1 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
+swinv2_cr_tiny_224 vit_relpos_small_patch16_224 tiny_vit_5m_224 tnt_s_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
 vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41 xcit_nano_12_p16_224
 """.split()
 """A small model of each family; of a family that is not here, the first one is taken."""

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("fxstream", "tests", "docs", "examples", "benchmarks")
+METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
 FILES = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml")
 STRAY = (
     ".venv/lib/module.py",
@@ -95,7 +96,7 @@ def test_the_wheel_holds_the_package_its_type_marker_and_the_licence(built: Buil
     modules = {Path(name).parent.name for name in package if name.endswith("/__init__.py")}
     assert modules == {"fxstream", "geometry", "ops", "graph", "scan", "memory", "model", "proof"}
     info = f"fxstream-{metadata(built)['Version'][0]}.dist-info"
-    assert names - package == {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    assert names - package == {f"{info}/{name}" for name in METADATA}
     assert (built.wheel / info / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 
+from ..ops import functions
 from .facts import UnknownFactError
 from .nodes import leaves
 from .proxy import RecordingProxy, UnrecordedError
@@ -32,31 +34,43 @@ def replaced_functions(record: Callable[..., Proxy], recording: Callable[[], boo
     `record` makes a node, with the arguments of `fx.Tracer.create_proxy`. `recording` tells whether it is the traced
     forward that asks.
 
-    - Functions that make tensors record it. Torch itself asks a proxy only where it expects a tensor.
+    - Functions that make tensors record it, and so do functions of other packages that have a rule. Torch itself asks a
+      proxy only where it expects a tensor.
     - An autograd.Function refuses it, and questions about the state of a call refuse whoever asks.
     - `isinstance` answers as for the value itself. A proxy cannot do that by its `__class__`, since the C++ code of
       torch, too, would then take it for a tensor.
     """
     with torch.device("meta"):
         torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
-    made = {name: getattr(torch, name) for name in _FACTORIES}
-    asked = {name: getattr(torch, name) for name in _QUESTIONS}
-    apply, instance = vars(torch.autograd.Function)["apply"], builtins.isinstance
-    factories = _Factories(made.values(), record)
-    for name, function in made.items():
-        setattr(torch, name, factories.instead_of(function))
-    for name, function in asked.items():
-        setattr(torch, name, _refused_question(function, recording))
-    torch.autograd.Function.apply = _refused_function(apply)
-    builtins.isinstance = _answered(instance)
+    factories = _Factories([getattr(torch, name) for name in _FACTORIES], record)
+    replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        *((torch, name, factories.instead_of) for name in _FACTORIES),
+        *((torch, name, lambda function: _refused_question(function, recording)) for name in _QUESTIONS),
+        *((module, name, factories.instead_of) for module, name in _exported(functions())),
+        (torch.autograd.Function, "apply", _refused_function),
+        (builtins, "isinstance", _answered),
+    ]
+    originals = [vars(owner)[name] for owner, name, _ in replacements]
+    for (owner, name, replacement), original in zip(replacements, originals, strict=True):
+        setattr(owner, name, replacement(original))
     try:
         with factories:
             yield
     finally:
-        builtins.isinstance = instance
-        torch.autograd.Function.apply = apply
-        for name, function in {**made, **asked}.items():
-            setattr(torch, name, function)
+        for (owner, name, _), original in zip(replacements, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _exported(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[ModuleType, str]]:
+    """Where a forward may find functions with a rule that do not ask proxies themselves, as those of torch do.
+
+    These are the packages of the functions: `einops.rearrange` is defined in `einops.einops`.
+    """
+    for function in functions:
+        package = function.__module__.partition(".")[0]
+        found = sys.modules.get(package)
+        if package not in ("torch", "fxstream") and found is not None:
+            yield from ((found, name) for name, value in vars(found).items() if value is function)
 
 
 class _Factories(TorchFunctionMode):

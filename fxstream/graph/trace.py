@@ -13,17 +13,14 @@ Four things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import copy
-import math
-import sys
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
@@ -107,8 +104,7 @@ class _Tracer(fx.Tracer):
         freeze_batchnorm: bool,
         alone: bool,
     ):
-        modules: tuple[Any, ...] = (math, *_modules_of(functions()))
-        super().__init__(modules, functions())
+        super().__init__(autowrap_functions=functions())
         self.arguments = arguments
         self.snapshot = snapshot
         self.opaque = opaque
@@ -331,7 +327,7 @@ def _noted(made: WeakSet[nn.Module]) -> Iterator[None]:
         original(module, *args, **kwargs)
         made.add(module)
 
-    nn.Module.__init__ = init  # type: ignore[method-assign]  # on purpose
+    nn.Module.__init__ = init  # type: ignore[method-assign, assignment]  # on purpose
     try:
         yield
     finally:
@@ -426,12 +422,6 @@ def _trace(
             Given(arguments, tracer.facts.question, surroundings(model)),
         )
         return Trace(model, graph, assumptions, tracer.frozen, opaque, constants)
-
-
-def _modules_of(functions: Iterable[Callable[..., Any]]) -> set[ModuleType]:
-    """The packages from which a forward may take these functions; not torch, whose functions ask proxies themselves."""
-    names = {name for function in functions for name in (function.__module__, function.__module__.partition(".")[0])}
-    return {sys.modules[name] for name in names if name.partition(".")[0] != "torch" and name in sys.modules}
 
 
 def _opaque(error: Exception) -> NotLocal:
