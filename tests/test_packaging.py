@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_package_its_type_marker_and_the_licence(built: Buil
     assert package == {name for name in built.sources if name.startswith("fxstream/")}
     assert {name for name in package if not name.endswith(".py")} == {"fxstream/py.typed"}
     modules = {Path(name).parent.name for name in package if name.endswith("/__init__.py")}
-    assert modules == {"fxstream", "geometry", "ops", "graph", "scan", "memory", "model"}
+    assert modules == {"fxstream", "geometry", "ops", "graph", "scan", "memory", "model", "proof"}
     info = f"fxstream-{metadata(built)['Version'][0]}.dist-info"
     assert names - package == {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     assert (built.wheel / info / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
