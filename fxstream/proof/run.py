@@ -248,6 +248,9 @@ def _randomised(original: Any, twin: Any, generator: torch.Generator) -> Any:
     """A twin; if it is a constant parameter, its numbers are made random."""
     if not isinstance(original, nn.Parameter) or not original.is_floating_point() or not original.numel():
         return twin
+    first, last = (original.detach()[(index,) * original.dim()] for index in (0, -1))
+    if first != last:
+        return twin
     low, high = torch.aminmax(original.detach())
     if low != high:
         return twin
