@@ -252,7 +252,6 @@ MODEL_OUTPUTS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", MODEL_OUTPUTS)
 def test_a_model_output_of_transformers_stays_one(name: str) -> None:
     pytest.importorskip("transformers")
-    pytest.importorskip("transformers")
     plain, converted = pair(returning(MODEL_OUTPUTS[name]), 8)
     expected = plain(image())
     assert_alike(converted(image()), expected)
