@@ -216,6 +216,16 @@ def test_windows_are_merged_into_the_batch_and_split_off(dynamic: bool | None, p
     assert whole(prefixes)
 
 
+def test_a_size_that_is_that_of_the_batch_by_chance(prefixes: Prefixes) -> None:
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).permute(0, 2, 3, 1)
+        return y.reshape(*y.shape[:3], 2, -1).softmax(-1).flatten(3) * self.scale
+
+    model = Body(body, first=conv(), scale=nn.Parameter(torch.ones(4)))
+    check(model, batch=2, tile=(1, None, None, None), dynamic=False)
+    assert whole(prefixes)
+
+
 def test_space_to_depth_of_a_known_size(prefixes: Prefixes) -> None:
     def body(self: Any, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)

@@ -276,10 +276,11 @@ class _Reader:
                 sizes[afters[0]] = self._computed(operator.mul, node, first, factor)
             elif len(afters) == 1 and -1 not in sizes:
                 sizes[afters[0]] = -1
-            elif len(befores) == 1 and new[first] == _exact(_example(self.image).shape)[0]:
-                sizes[first] = self._size(self.image, 0)
             elif len(befores) == 1 and isinstance(factor, int):
                 sizes[first] = self._computed(operator.floordiv, node, befores[0], factor)
+            elif len(befores) == 1 and new[first] == _exact(_example(self.image).shape)[0]:
+                # The batch, off which as many windows are split as the size of the image says.
+                sizes[first] = self._size(self.image, 0)
 
     def _computed(self, function: Callable[..., Any], node: fx.Node, dim: int, number: int) -> fx.Node:
         size = self._size(node, dim)
