@@ -159,7 +159,7 @@ def test_sizes_of_a_square_image_that_are_equal_are_told_apart(dynamic: bool, pr
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 4, 36 * 40), (2, 4, 5, 8, 36), (8, 40, 36), (2, 4, 20, 72), (2, 40, 4, 36), (2, 4, 36, 40)]
+    "shape", [(2, 4, 36 * 40), (8, 40, 36), (2, 4, 20, 72), (2, 40, 4, 36), (2, 4, 36, 40), (2, 4, 3, 40, 12)]
 )
 def test_a_reshape_that_splits_or_merges_a_streamed_axis_is_refused(shape: tuple[int, ...], prefixes: Prefixes) -> None:
     check(Body(lambda self, x: self.first(x).view(shape) * 2, first=conv()), dynamic=None)
@@ -197,6 +197,44 @@ def test_modes_and_attributes_follow_the_guards() -> None:
 def test_the_batch_streams(prefixes: Prefixes) -> None:
     model = chain(conv(bias=False), nn.InstanceNorm2d(4, affine=True), nn.AdaptiveAvgPool2d(3))
     check(model, batch=5, tile=(2, None, None, None))
+    assert whole(prefixes)
+
+
+def in_windows(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Softmax in windows of four by four, as attention has it: the windows are merged into the batch, and split off."""
+    y = self.first(x)
+    n, c, h, w = y.shape
+    windows = y.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(n * (h // 4) * (w // 4), c, 16)
+    mixed = (windows.softmax(-1) * self.scale).view(n, h // 4, w // 4, c, 4, 4)
+    return self.second(mixed.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w))
+
+
+@BOTH
+def test_windows_are_merged_into_the_batch_and_split_off(dynamic: bool | None, prefixes: Prefixes) -> None:
+    model = Body(in_windows, first=conv(), second=conv(4, 2), scale=nn.Parameter(torch.ones(16)))
+    check(model, (40, 36), (16, 24), batch=5, tile=(2, None, None, None), dynamic=dynamic)
+    assert whole(prefixes)
+
+
+def test_a_size_that_is_that_of_the_batch_by_chance(prefixes: Prefixes) -> None:
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).permute(0, 2, 3, 1)
+        return y.reshape(*y.shape[:3], 2, -1).softmax(-1).flatten(3) * self.scale
+
+    model = Body(body, first=conv(), scale=nn.Parameter(torch.ones(4)))
+    check(model, batch=2, tile=(1, None, None, None), dynamic=False)
+    assert whole(prefixes)
+
+
+def test_space_to_depth_of_a_known_size(prefixes: Prefixes) -> None:
+    def body(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        n, c, h, w = y.shape
+        return self.second(
+            y.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+        )
+
+    check(Body(body, first=conv(), second=conv(16, 2)), dynamic=False)
     assert whole(prefixes)
 
 

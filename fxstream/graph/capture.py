@@ -4,8 +4,9 @@ In such a graph all operations are functions and methods of torch. Parameters an
 the sizes of the image that are not known when the graph is captured. Five things change.
 
 - Switches of gradients and autocast become the regions of the nodes, see `regions`.
-- In a reshape, a size that is that of a dimension of the reshaped value becomes `value.size(dimension)`. Otherwise the
-  analysis would not know a streamed axis again: not by a number, and not by arithmetic with sizes.
+- In a reshape, a size that is that of a dimension of the reshaped value becomes `value.size(dimension)`, and a multiple
+  of it is computed from that. Otherwise the analysis would not know a streamed axis again: not by a number, and not by
+  arithmetic with sizes.
 - A `torch.Size` of sizes becomes a tuple, which is what rules take.
 - In-place operators and `F.pad` get the names under which torch.fx records them.
 - With `freeze_batchnorm`, batch norms use their running statistics, and count no batches.
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -243,7 +245,7 @@ class _Reader:
         """The arguments of a node, in which sizes of the value that it reshapes are those that it reads off the value.
 
         Under torch's guards, a dimension of the result is one of the value if it has the same size and the same number
-        of elements behind it.
+        of elements behind it. Where one dimension is split, or several are merged, its size follows from theirs.
         """
         if node.target not in (*_RESHAPING, *_EXPANDING) or not isinstance(node.args[0], fx.Node) or len(args) < 2:
             return args
@@ -253,13 +255,38 @@ class _Reader:
         if node.args[0] not in self.depending or len(sizes) != result.dim():
             return args
         if node.target in _RESHAPING:
-            for old, new in _same_dims(_exact(value.shape), _exact(result.shape)):
-                sizes[new] = self._size(node.args[0], old)
+            self._reshape(node.args[0], _exact(value.shape), _exact(result.shape), sizes)
         else:
             added = result.dim() - value.dim()
             for old, (one, other) in enumerate(zip(_exact(value.shape), _exact(result.shape)[added:], strict=True)):
                 sizes[old + added] = -1 if one == other else sizes[old + added]
         return (args[0], tuple(sizes)) if nested else (args[0], *sizes)
+
+    def _reshape(self, node: fx.Node, old: list[Any], new: list[Any], sizes: list[Any]) -> None:
+        """Replace those `sizes` of a reshape of `node` that follow from its dimensions."""
+        same = _same_dims(old, new)
+        for before, after in same.items():
+            sizes[after] = self._size(node, before)
+        for befores, afters in _groups(old, new):
+            if not same.keys().isdisjoint(befores) or not set(same.values()).isdisjoint(afters):
+                continue
+            first, *others = befores if len(afters) == 1 else afters
+            factor = _product([(old if len(afters) == 1 else new)[index] for index in others])
+            if len(afters) == 1 and isinstance(factor, int):
+                sizes[afters[0]] = self._computed(operator.mul, node, first, factor)
+            elif len(afters) == 1 and -1 not in sizes:
+                sizes[afters[0]] = -1
+            elif len(befores) == 1 and isinstance(factor, int):
+                sizes[first] = self._computed(operator.floordiv, node, befores[0], factor)
+            elif len(befores) == 1 and new[first] == _exact(_example(self.image).shape)[0]:
+                # The batch, off which as many windows are split as the size of the image says.
+                sizes[first] = self._size(self.image, 0)
+
+    def _computed(self, function: Callable[..., Any], node: fx.Node, dim: int, number: int) -> fx.Node:
+        size = self._size(node, dim)
+        result = self.graph.call_function(function, (size, number))
+        result.meta["nn_module_stack"] = size.meta["nn_module_stack"]
+        return result
 
     def _size(self, node: fx.Node, dim: int) -> fx.Node:
         size = self.graph.call_method("size", (self.new[node], dim))
@@ -272,17 +299,37 @@ def _exact(shape: Sequence[Any]) -> list[Any]:
     return [size if isinstance(size, int) else size.node.expr for size in shape]
 
 
-def _same_dims(old: list[Any], new: list[Any]) -> list[tuple[int, int]]:
-    """Dimensions before and after a reshape that are the same: those with the same size and elements behind them."""
-    found: list[tuple[int, int]] = []
+def _same_dims(old: list[Any], new: list[Any]) -> dict[int, int]:
+    """Dimensions before and after a reshape that are the same: of the same size, at the same place."""
+    found: dict[int, int] = {}
     start = 0
     for one in range(len(old)):
         for other in range(start, len(new)):
-            if old[one] == new[other] and _product(old[one + 1 :]) == _product(new[other + 1 :]):
-                found.append((one, other))
+            if old[one] == new[other] and _at_one_place(old, one, new, other):
+                found[one] = other
                 start = other + 1
                 break
     return found
+
+
+def _groups(old: list[Any], new: list[Any]) -> list[tuple[range, range]]:
+    """The dimensions before and after a reshape that are split or merged: one becomes several, or several one."""
+    ends = [(0, 0)]
+    for one in range(1, len(old) + 1):
+        fitting = (other for other in range(ends[-1][1] + 1, len(new) + 1) if _at_one_place(old, one, new, other))
+        if (other := next(fitting, None)) is not None:
+            ends.append((one, other))
+    found = [(range(i, k), range(j, m)) for (i, j), (k, m) in pairwise(ends)]
+    return [(befores, afters) for befores, afters in found if 1 in (len(befores), len(afters))]
+
+
+def _at_one_place(old: list[Any], one: int, new: list[Any], other: int) -> bool:
+    """Whether dimensions before and after a reshape start at the same place.
+
+    There are as many elements in front of them, and then as many behind them. For sizes with symbols, it may be that
+    only one of the two can be seen.
+    """
+    return bool(_product(old[:one]) == _product(new[:other]) or _product(old[one:]) == _product(new[other:]))
 
 
 def _product(sizes: list[Any]) -> Any:
