@@ -81,7 +81,7 @@ DECODERS = [
     Case(
         "PAN",
         {"encoder_name": "mobilenet_v2", "decoder_channels": 8},
-        (1, 3, 96, 64),
+        (1, 3, 128, 128),
         64,
         ["decoder_fpa_branch1_0", "decoder_gau1_conv2_activation"],
     ),
