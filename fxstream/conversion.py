@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -150,36 +151,53 @@ def _prove(
     example_input: torch.Tensor | tuple[Any, ...] | None,
 ) -> None:
     """Raises ProofError if the graphs do not do what the model does. Warns if that cannot be found out."""
-    prefix, parts = _of_small_image(prefix, parts, name, settings)
+    unproved = "there is no small image to try"
+    for holding in _of_small_images(prefix, parts, name, settings):
+        unproved = _unproved(*holding, name, settings, example_input)
+        if not unproved:
+            return
+    warnings.warn(
+        f"the conversion of {type(prefix.trace.root).__name__} is not proved on a small image: {unproved}. Or, if "
+        "you have compared it yourself, prove=False",
+        StreamingWarning,
+        stacklevel=3,
+    )
+
+
+def _unproved(
+    prefix: Prefix,
+    parts: Partition,
+    name: str,
+    settings: Settings,
+    example_input: torch.Tensor | tuple[Any, ...] | None,
+) -> str:
+    """Why the graphs are not proved; empty if they are."""
 
     def tiled(model: nn.Module, sizes: tuple[int, ...]) -> Converted:
         retiled = replace(settings, tiling=replace(settings.tiling, sizes=sizes))
         return _assemble(model, prefix, partition(prefix, name), name, retiled)
 
-    unproved = find_proof(prefix, parts, name, settings.tiling.channels, example_input, tiled)
-    if unproved:
-        warnings.warn(
-            f"the conversion of {type(prefix.trace.root).__name__} is not proved on a small image: {unproved}. Or, if "
-            "you have compared it yourself, prove=False",
-            StreamingWarning,
-            stacklevel=3,
-        )
+    return find_proof(prefix, parts, name, settings.tiling.channels, example_input, tiled)
 
 
-def _of_small_image(prefix: Prefix, parts: Partition, name: str, settings: Settings) -> tuple[Prefix, Partition]:
-    """The same for a small image, if the graph holds for a large one alone and the model accepts a small one."""
+def _of_small_images(
+    prefix: Prefix, parts: Partition, name: str, settings: Settings
+) -> Iterator[tuple[Prefix, Partition]]:
+    """The graphs to prove: where they hold for one size alone, those for further sizes, too, until one is accepted."""
     given, image = prefix.trace.assumptions.given, str(prefix.image.target)
     form = given.form_of(image)
-    if given.question is not Question.SHAPE or math.prod(form.shape) <= MOST:
-        return prefix, parts
+    if given.question is not Question.SHAPE:
+        yield prefix, parts
+        return
+    if math.prod(form.shape) <= MOST:
+        yield prefix, parts
     for size in SIZES[len(settings.names) - 2]:
         small = replace(form, shape=(*form.shape[:2], *[size] * (len(settings.names) - 2)))
         forms = {slot: small if slot.name == image else other for slot, other in given.forms.items()}
         try:
-            return rewrite(trace(prefix.trace.root, forms, {}, settings.freeze_batchnorm), image, settings, name)
-        except StreamingError:
+            yield rewrite(trace(prefix.trace.root, forms, {}, settings.freeze_batchnorm), image, settings, name)
+        except StreamingError:  # the model does not accept this size
             continue
-    return prefix, parts
 
 
 def _check_names(traced: Trace) -> None:

@@ -228,6 +228,8 @@ def test_frozen_batch_norm_does_not() -> None:
 def peak(model: nn.Module, images: torch.Tensor) -> int:
     """Of a training step, beyond the images and the parameters."""
     model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model(images)  # a forward that asks for sizes is traced at the first call with them
     with LiveBytes() as live:
         model(images)[0].sum().backward()
     return live.peak

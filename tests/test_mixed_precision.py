@@ -77,7 +77,7 @@ def net() -> nn.Module:
 
 
 def shared_pair() -> tuple[nn.Module, Any]:
-    with pytest.warns(fxstream.StreamingWarning, match="1 convolutions"):
+    with pytest.warns(fxstream.StreamingWarning, match="streaming ends at relu_1"):
         return pair(randomise(Shared()), 8)
 
 

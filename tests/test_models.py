@@ -135,13 +135,13 @@ REDUCED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any, str | li
         lambda: torchvision.models.mobilenet_v3_large(num_classes=5),
         (1, 67, 65), 32, "features_4_block_1_2", True,
     ),
-    "efficientnet_v2": (_efficientnet_v2, (3, 67, 65), 32, "features_3_0_block_1_2", True),
+    "efficientnet_v2": (_efficientnet_v2, (3, 67, 65), 32, "features_3_0_block_1_2", False),
     "maxvit": (
         _maxvit, (1, 35, 35), 16,
         ["blocks_0_layers_0_layers_mbconv_proj_1", "blocks_0_layers_0_layers_mbconv_layers_conv_b_2"], True,
     ),
-    "swin": (_swin, (2, 37, 41), (None, 15), ["features_0_2", "features_1_0_norm1"], False),
-    "swin_v2": (_swin_v2, (1, 43, 37), 7, "features_0_2", False),
+    "swin": (_swin, (2, 37, 41), (None, 15), ["features_0_2", "features_1_0_norm1"], True),
+    "swin_v2": (_swin_v2, (1, 43, 37), 7, "features_0_2", True),
     "vit": (_vit, (2, 48, 48), 20, "conv_proj", False),
     "r3d": (lambda: _video(video_resnet.Conv3DSimple), (1, 5, 37, 41), (3, 24, 24), "avgpool", False),
     "mc3": (
@@ -358,7 +358,7 @@ def _feature_pyramid(extra: nn.Module) -> nn.Module:
 
 
 # Dense prediction: how to build it, what the head gets when space is streamed, and when the batch is, and whether
-# convolutions stay behind where space is.
+# much work stays behind where space is.
 _DEEPLAB = [f"m_classifier_0_convs_{branch}_2" for branch in range(4)]
 _FPN = [f"m_fpn_layer_blocks_{level}_0" for level in (2, 1, 0)]
 DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
@@ -370,7 +370,7 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
         # Its image pooling spans the image; the other branches and the auxiliary head do not.
         lambda: _deeplabv3_resnet(_dilated_resnet(), 3, True),
         [*_DEEPLAB, "getitem_1", "m_classifier_0_convs_4_0", "interpolate_2"],
-        ["interpolate_1", "interpolate_2"], True,
+        ["interpolate_1", "interpolate_2"], False,
     ),
     "deeplab of mobilenet": (
         lambda: _deeplabv3_mobilenetv3(_mobilenet(), 3, True),

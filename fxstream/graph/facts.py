@@ -32,6 +32,10 @@ class UnknownFactError(Exception):
     """The example does not tell what was asked."""
 
 
+class NotAcceptedError(UnknownFactError):
+    """The model fails on the example."""
+
+
 class Facts:
     """What is known of the values of a graph that is being recorded."""
 
@@ -80,8 +84,6 @@ class Facts:
     def dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype of a tensor."""
         found: torch.dtype = self._tensor(node).dtype
-        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-            raise UnknownFactError("tensors on the meta device are not cast by torch.autocast")
         self._note(Question.FORM)
         return found
 
@@ -104,6 +106,10 @@ class Facts:
             raise UnknownFactError(str(error)) from None
         self._note(Question.FORM if isinstance(found, torch.Size) else Question.SHAPE)
         return length
+
+    def holds_for_shape(self) -> None:
+        """Note that the graph holds for no other shape than that of the example."""
+        self.question = Question.SHAPE
 
     def is_number(self, node: fx.Node) -> bool:
         """Whether a value is known, and holds no tensor."""
@@ -145,7 +151,7 @@ class Facts:
         except UnknownFactError as error:
             return error
         except Exception as error:  # whatever torch or a user's function may raise on the meta device
-            return UnknownFactError(f"{type(error).__name__}: {error}")
+            return NotAcceptedError(f"{type(error).__name__}: {error}")
         finally:
             self.computing = False
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.proxy import Proxy, TracerBase
 
 from ..ops import inplace
-from .facts import UnknownFactError
+from .facts import NotAcceptedError, UnknownFactError
 
 
 class UnrecordedError(Exception):
@@ -101,7 +101,14 @@ class RecordingProxy(Proxy):
         asking = sys._getframe(2).f_globals.get("__name__", "")
         if asking.partition(".")[0] in ("torch", "fxstream"):
             return Proxy.__repr__(self)
-        return write(self.tracer.answer("value", self.node))
+        try:
+            return write(self.tracer.answer("value", self.node))
+        except UnrecordedError as error:
+            if not isinstance(error.__context__, NotAcceptedError):
+                raise
+            # Nobody will call the model with such an image. The text may be that of an assertion, which tells that.
+            self.tracer.facts.holds_for_shape()
+            return Proxy.__repr__(self)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return numpy.array(self.tracer.answer("value", self.node), *args, **kwargs)

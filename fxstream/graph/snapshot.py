@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -56,7 +56,7 @@ class Snapshot:
                 waiting.extend(_watched(name, thing))
 
     def _note(self, thing: Any) -> None:
-        self._contents[id(thing)] = (thing, _contents(thing).copy())
+        self._contents[id(thing)] = (thing, _copied(_contents(thing)))
 
     def changed(self, *modules: nn.Module) -> list[str]:
         """The names of attributes and global variables that are not what they were.
@@ -119,7 +119,9 @@ class _Globals:
     def __init__(self, names: dict[str, Any]):
         self._names = names
         self._values = {name: value for name, value in names.items() if not _is_definition(name, value)}
-        self._contents = {name: value.copy() for name, value in self._values.items() if isinstance(value, _CONTAINERS)}
+        self._contents = {
+            name: _copied(value) for name, value in self._values.items() if isinstance(value, _CONTAINERS)
+        }
 
     def changed(self) -> set[str]:
         """The names of variables that have other values, or hold something else."""
@@ -209,7 +211,7 @@ def _is_watched(value: Any) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+        return one.keys() == other.keys() and all(dict.get(one, key) is dict.get(other, key) for key in one)
     if isinstance(one, set):
         return bool(one == other)  # a copy may have another order
     return len(one) == len(other) and all(map(operator.is_, one, other))
@@ -218,5 +220,20 @@ def _same(one: Any, other: Any) -> bool:
 def _fill(thing: Any, contents: Any) -> None:
     """Give a thing back what it held. The thing itself stays, since others may hold it."""
     target = _contents(thing)
-    target.clear()
-    (target.extend if isinstance(target, (list, deque)) else target.update)(contents)
+    base: Any = _base(target)
+    base.clear(target)
+    if isinstance(target, dict):
+        for key, value in contents.items():
+            base.__setitem__(target, key, value)
+    else:
+        (base.update if isinstance(target, set) else base.extend)(target, contents)
+
+
+def _copied(container: Any) -> Any:
+    """What a container holds, in a plain one: methods of a subclass may compute what they return."""
+    return dict(dict.items(container)) if isinstance(container, dict) else _base(container)(container)
+
+
+def _base(container: Any) -> type:
+    """The class of Python whose methods do nothing but hold."""
+    return next(kind for kind in (OrderedDict, *_CONTAINERS) if isinstance(container, kind))

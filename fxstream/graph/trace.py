@@ -342,7 +342,7 @@ class _Unannounced:
 
 
 _OF_MODULES = set(vars(nn.Module()))
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 """Tracing replaces classes of modules and functions of torch, which two threads must not do at a time."""
 
 
@@ -356,7 +356,7 @@ def trace(
     user's own are traced as if they were in eval mode.
     """
     arguments = Parameters.of(type(model)).sorted(arguments)
-    with _LOCK, torch.inference_mode(False):
+    with LOCK, torch.inference_mode(False):
         before = RandomState()
         for _ in range(_ATTEMPTS if threading.active_count() > 1 else 0):
             try:

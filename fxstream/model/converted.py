@@ -18,7 +18,7 @@ from ..errors import StreamingError, WrappedModelError
 from ..graph.arguments import Given, Parameters, Slot, surroundings
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.checks import check_image
-from ..scan.mirror import mirror_registries
+from ..scan.mirror import mirror_registries, refer_to_twins
 from ..scan.settings import parse_bytes
 from .extended import extended, is_found_by_name
 from .older import provide
@@ -48,7 +48,8 @@ class Converted(fx.GraphModule):
         self, model: nn.Module, constants: dict[str, torch.Tensor], graph: fx.Graph, name: str, streamed: Streamed
     ):
         super().__init__({}, fx.Graph(), type(model).__name__)
-        mirror_registries(self, model, {id(model): self})
+        twins: dict[int, Any] = {id(model): self}
+        mirror_registries(self, model, twins)
         # `meta` is an attribute of a GraphModule that nobody needs, and the name of many a model's submodule.
         vars(self).pop("meta", None)
         # Whatever else the user has put on the model; its forward may read it.
@@ -56,6 +57,7 @@ class Converted(fx.GraphModule):
         vars(self).update(
             {name: _rebound(value, model, self) for name, value in vars(model).items() if name not in taken}
         )
+        refer_to_twins([self], twins)
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
@@ -140,7 +142,9 @@ class Converted(fx.GraphModule):
         original: nn.Module = object.__new__(self._original_class)
         own = {name: value for name, value in vars(self).items() if name not in self._traced_constants}
         vars(original).update({name: _rebound(value, self, original) for name, value in own.items()})
-        mirror_registries(original, self, {id(self): original})
+        twins: dict[int, Any] = {id(self): original}
+        mirror_registries(original, self, twins)
+        refer_to_twins([original], twins)
         del original._modules[self._streamed_name]
         return original
 

@@ -24,7 +24,7 @@ from ..graph.arguments import Parameters
 from ..graph.nodes import label, operation, rule_of
 from ..graph.partition import Partition
 from ..graph.prefix import Prefix
-from ..graph.trace import _LOCK
+from ..graph.trace import LOCK
 from ..ops import Noise
 from .description import difference, gradient_difference
 from .images import Arguments, call, candidates
@@ -58,7 +58,7 @@ def find_proof(
     Raises:
         ProofError: the plain model and the graph differ.
     """
-    with _LOCK:  # while another thread traces, modules are of other classes
+    with LOCK:  # while another thread traces, modules are of other classes
         return _Proof(prefix, parts, name, tiled).run(channels, example_input)
 
 
@@ -98,8 +98,7 @@ class _Proof:
         """The paths of batch norms that the converted model uses as if in eval mode."""
         if not self.prefix.freeze_batchnorm:
             return set()
-        modules = {str(node.target): self.prefix.trace.module_of(node) for node in self.prefix.nodes}
-        return self.prefix.trace.frozen | {path for path, one in modules.items() if isinstance(one, _BatchNorm)}
+        return {path for path, module in self.model.named_modules() if isinstance(module, _BatchNorm)}
 
     # Runs.
 
