@@ -220,17 +220,13 @@ def row(entry: Entry) -> list[str]:
 
 def check(entry: Entry) -> str:
     """Whether the streamed model computes what the plain model does, in words."""
-    if sum(parameter.numel() for parameter in on_meta(entry.make).parameters()) > LARGEST:
+    probe = on_meta(entry.make)
+    if sum(parameter.numel() for parameter in probe.parameters()) > LARGEST:
         return "not run, since it is too large"
+    size = next((size for size in (69, 96, 64) if _takes(probe, entry, size)), entry.image[-1])
     plain, other = (normed(entry.make) for _ in range(2))
-    for size in (69, 96, 64, entry.image[-1]):
-        image = torch.randn(1, entry.image[1], *[size] * (len(entry.image) - 2), dtype=torch.double)
-        try:
-            with torch.no_grad():
-                plain(image)
-            break
-        except Exception:  # whatever a model raises for sizes that it does not take
-            continue
+    # For one image, torch's own gradients of batch norms are wrong in some models, see README.md.
+    image = torch.randn(2, entry.image[1], *[size] * (len(entry.image) - 2), dtype=torch.double)
     try:
         expected = results(plain, image)
     except RuntimeError as error:
@@ -244,6 +240,16 @@ def check(entry: Entry) -> str:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     error, where = max(_errors(expected, results(streamed, image)))
     return f"{'exact' if error < 1e-9 else 'WRONG'} by {door}: {error:.0e} in {where}, {size} pixels"
+
+
+def _takes(model: nn.Module, entry: Entry, size: int) -> bool:
+    """Whether a model accepts images of so many pixels along each axis."""
+    try:
+        with torch.no_grad():
+            model(torch.empty(1, entry.image[1], *[size] * (len(entry.image) - 2), device="meta"))
+    except Exception:  # whatever it raises for such an image
+        return False
+    return True
 
 
 def results(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor | None]:

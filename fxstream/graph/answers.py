@@ -113,7 +113,7 @@ def answer(
 
 def _sizes_asked(node: fx.Node, args: tuple[Any, ...]) -> Any:
     """The shape, or one of the sizes, of a tensor that is made of sizes, if that is what a node reads; else None."""
-    if not args or not isinstance(args[0], (Pending, Typed)) or args[0].shape is None:
+    if not args or not isinstance(args[0], Pending) or args[0].shape is None:
         return None
     if (node.target is getattr and args[1] == "shape") or (node.target == "size" and len(node.args) == 1):
         return args[0].shape
