@@ -24,10 +24,14 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
-from zoo import on_meta, reason, streamed_share
+from zoo import last_nodes, on_meta, reason, streamed_share
 
 import fxstream
 
+HEAD = """# How much of other packages' models streams
+
+Written by `python benchmarks/models.py`. The doors are `fxstream.convert` and, for what torch.fx cannot trace,
+`fxstream.compile`. A share is that of the FLOPs of one forward pass of one image, streamed along all spatial axes."""
 HEADERS = ["model", "image", "door", "streamed up to", "share", "why it stops there"]
 LARGEST = 150_000_000
 """The most parameters of a model that --check runs."""
@@ -209,7 +213,7 @@ def row(entry: Entry) -> list[str]:
         analysis = fxstream.analyze(model, example_input=image)
     except fxstream.StreamingError as error:
         return [entry.name, size, "none", "nothing", "0%", " ".join(str(error).split())]
-    last = ", ".join(node.name for node in analysis.outputs) or "nothing"
+    last = last_nodes(analysis)
     door, stream = "convert", partial(fxstream.convert, example_input=image, prove=False)
     try:
         share = streamed_share(model, max(image.shape), image, stream)
@@ -301,8 +305,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="run the models and compare; nothing is written")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    text = "# How much of other packages' models streams\n\nWritten by `python benchmarks/models.py`. "
-    text += "Images have one item; a share is that of the FLOPs of one forward pass, streamed along all spatial axes.\n"
+    text = ""
     part = options.packages or options.only or options.check
     rows: list[list[str]] = []
     for package in options.packages or PACKAGES:
@@ -323,11 +326,14 @@ def main() -> None:
         rows += found
         text += f"\n## {package} {version(package)}\n\n"
         text += tabulate(found, headers=HEADERS, tablefmt="github", disable_numparse=True) + "\n"
-    if not part:
-        options.output.write_text(text)
-    if not options.check:
-        entered = sum(found[2] != "none" for found in rows)
-        print(f"{entered} of {len(rows)} models get in by one of the doors")
+    if options.check:
+        return
+    entered = sum(found[2] != "none" for found in rows)
+    summary = f"{entered} of these {len(rows)} models get in by one of the doors"
+    if part:
+        print(summary)
+    else:
+        options.output.write_text(f"{HEAD}\n{summary}.\n{text}")
 
 
 if __name__ == "__main__":

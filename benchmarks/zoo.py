@@ -100,6 +100,14 @@ def streamed_share(
     return f"{streamed.total / whole.total:.1%}"
 
 
+def last_nodes(analysis: fxstream.Analysis, most: int = 2) -> str:
+    """The nodes whose values the streamed part hands over, without those that are mere sizes."""
+    local = {finding.node for finding in analysis.findings if finding.status != "size"}
+    names = [node.name for node in analysis.outputs if node in local]
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others if names else "nothing"
+
+
 def reason(analysis: fxstream.Analysis) -> str:
     """Where streaming stops first, and why."""
     if not analysis.stops:
@@ -121,7 +129,7 @@ def row(name: str, kind: str) -> list[str]:
     return [
         name,
         "yes",
-        ", ".join(node.name for node in analysis.outputs) or "nothing",
+        last_nodes(analysis),
         streamed_share(model, max(image.shape), image),
         " x ".join(dict.fromkeys(str(one.size) for one in field.values())),
         " x ".join(dict.fromkeys(str(one.stride) for one in field.values())),
