@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torchvision
@@ -70,21 +71,41 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make().eval().to("meta")
 
 
-def streamed_share(model: nn.Module, tile_shape: Any, image: torch.Tensor) -> str:
-    """The share of the FLOPs of a forward pass that the submodule `streamed` takes, in percent."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", fxstream.StreamingWarning)
-            converted = fxstream.convert(model, tile_shape, example_input=image, prove=False)
-    except fxstream.NothingToStreamError:
-        return "0%"
-    part = next(module for module in converted.children() if isinstance(module, Streamed))
-    counts = []
-    part.register_forward_pre_hook(lambda *_: counts.append(-flops.total))
-    part.register_forward_hook(lambda *_: counts.append(flops.total))
-    with Flops() as flops, torch.no_grad():
-        converted(image)
-    return f"{sum(counts) / flops.total:.1%}"
+def without_proof(model: nn.Module, tile_shape: Any) -> nn.Module:
+    """`fxstream.convert`, which proves nothing on the meta device."""
+    return fxstream.convert(model, tile_shape, prove=False)
+
+
+def streamed_share(
+    model: nn.Module, tile_shape: Any, image: torch.Tensor, stream: Callable[..., nn.Module] = without_proof
+) -> str:
+    """The share of the FLOPs of a forward pass that the streamed part takes, in percent.
+
+    `stream` is the door: it gets the model and the tile shape, and gives the streamed model.
+    """
+    run, streamed = Streamed.forward, Flops()
+
+    def counted(part: Streamed, *args: Any, **kwargs: Any) -> Any:
+        with streamed:
+            return run(part, *args, **kwargs)
+
+    with torch.no_grad(), warnings.catch_warnings(), mock.patch.object(Streamed, "forward", counted):
+        warnings.simplefilter("ignore", fxstream.StreamingWarning)
+        with Flops() as whole:
+            model(image)
+        try:
+            stream(model, tile_shape)(image)
+        except fxstream.NothingToStreamError:
+            return "0%"
+    return f"{streamed.total / whole.total:.1%}"
+
+
+def last_nodes(analysis: fxstream.Analysis, most: int = 2) -> str:
+    """The nodes whose values the streamed part hands over, without those that are mere sizes."""
+    local = {finding.node for finding in analysis.findings if finding.status != "size"}
+    names = [node.name for node in analysis.outputs if node in local]
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others if names else "nothing"
 
 
 def reason(analysis: fxstream.Analysis) -> str:
@@ -108,7 +129,7 @@ def row(name: str, kind: str) -> list[str]:
     return [
         name,
         "yes",
-        ", ".join(node.name for node in analysis.outputs) or "nothing",
+        last_nodes(analysis),
         streamed_share(model, max(image.shape), image),
         " x ".join(dict.fromkeys(str(one.size) for one in field.values())),
         " x ".join(dict.fromkeys(str(one.stride) for one in field.values())),

@@ -104,3 +104,20 @@ def test_the_overhead_of_a_tile(tmp_path: Path) -> None:
         # Of 18 convolutions and 4 transposed ones, a tile runs each at most once; in training, at most twice.
         runs = 2 if row["mode"] == "training" else 1
         assert 0 < row["calls"]["convolution"] <= 22 * runs == row["plain_calls"]["convolution"]
+
+
+@pytest.mark.slow
+def test_the_table_of_models_says_by_which_door_they_get_in_and_where_streaming_ends() -> None:
+    """A model that streams up to its head, one that only torch.compile's front end captures, and one that is refused."""
+    pytest.importorskip("timm")
+    pytest.importorskip("monai")
+    options = ["--packages", "monai", "timm", "--only", "DynUNet, deep supervision, 2-D", "tnt:", "vgg:"]
+    lines = [line.split(" | ") for line in python("models.py", *options).splitlines()]
+    found = {line[0]: line[2:] for line in lines[:-1]}
+    assert found["DynUNet, deep supervision, 2-D"][0::2] == ["compile", "100.0%"]
+    assert found["vgg: vgg11"][0] == "convert"
+    assert "pools over the whole image" in found["vgg: vgg11"][-1]
+    assert found["tnt: tnt_s_patch16_224"][:3] == ["none", "nothing", "0%"]
+    assert lines[-1] == ["2 of these 3 models get in by one of the doors"]
+    checked = python("models.py", "--check", *options)
+    assert checked.count(": exact by convert") == checked.count(": exact by compile") == 1

@@ -88,3 +88,24 @@ def test_a_parameter_indexed_by_a_tensor_that_is_made_of_sizes_gets_its_gradient
         return y + m.scale[index] + m.scale[[0, 1], 0].sum() * m.scale[index, 0].view(-1, 1, 1)
 
     assert_exact(_net(biased).double(), (2, 2, 9, 8), 4, whole=True)
+
+
+def _as_large_as_a_map_without_channels(m: Any, y: torch.Tensor) -> torch.Tensor:
+    """The maps of some encoders have no channels, since they are made only for their size."""
+    none = torch.empty(y.shape[0], 0, y.shape[2] // 2, y.shape[3] // 2, dtype=y.dtype)
+    small = F.interpolate(F.max_pool2d(y, 4), size=(none.shape[2], none.size(3)))
+    return m.scale * torch.cat([small, none], 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "last"),
+    [(torch.double, "mul"), (torch.float, "max_pool2d")],
+    ids=["known dtype", "dtype read at a call"],
+)
+def test_the_sizes_of_a_map_that_is_made_for_its_size(dtype: torch.dtype, last: str) -> None:
+    """An example of another dtype than the model's does not tell the dtype of the map."""
+    model, example = _net(_as_large_as_a_map_without_channels).double(), torch.randn(2, 2, 24, 16, dtype=dtype)
+    plain, converted = pair(model, 4, example_input=example)
+    assert last in handed_over(converted)
+    for shape in ((2, 2, 13, 18), (1, 2, 21, 16)):
+        compare(plain, converted, torch.randn(shape))

@@ -229,3 +229,14 @@ def test_an_estimate_of_a_small_model_takes_less_than_a_second() -> None:
     begin = time.process_time()
     analysis.estimate((1, 3, 4096, 4096), 64)
     assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])
+def test_a_model_that_resamples_is_estimated(mode: str) -> None:
+    """The estimate is made on the meta device, of which autocast knows nothing."""
+    model = Body(
+        lambda m, x: m.last(F.interpolate(m.first(x), size=(29, 17), mode=mode)),
+        first=nn.Conv2d(3, 3, 3),
+        last=nn.Conv2d(3, 3, 3),
+    )
+    assert fxstream.analyze(model).estimate((1, 3, 13, 11), 8).flops > 0

@@ -81,7 +81,7 @@ DECODERS = [
     Case(
         "PAN",
         {"encoder_name": "mobilenet_v2", "decoder_channels": 8},
-        (1, 3, 128, 160),
+        (1, 3, 128, 128),
         64,
         ["decoder_fpa_branch1_0", "decoder_gau1_conv2_activation"],
     ),
@@ -106,12 +106,13 @@ DECODERS = [
         slow=True,
     ),
 ]
+LAST = ["segmentation_head_2_activation"]
 ENCODERS = [
     Case("Unet", {**SLIM, "encoder_name": "densenet121"}, (1, 3, 69, 53), 16, slow=True),
     Case("Unet", {**SLIM, "encoder_name": "vgg11_bn"}, (1, 3, 69, 53), 16, slow=True),
     Case("Unet", {**SLIM, "encoder_name": "timm-tf_efficientnet_lite0"}, (1, 3, 69, 53), 16, slow=True),
     Case("Unet", {**SLIM, "encoder_name": "efficientnet-b0"}, (1, 3, 69, 53), 24, ["encoder__swish"], slow=True),
-    Case("UnetPlusPlus", {**SLIM, "encoder_name": "tu-convnext_atto"}, (1, 3, 72, 56), 16, slow=True),
+    Case("UnetPlusPlus", {**SLIM, "encoder_name": "tu-convnext_atto"}, (1, 3, 72, 56), 16, LAST, slow=True),
 ]
 
 
@@ -167,12 +168,15 @@ TIMM = [
     Case("regnetx_002", {}, (1, 3, 69, 53), 40, HEAD_POOL),
     Case("starnet_s050", {}, (1, 3, 69, 53), 24, POOL),
     Case("tf_mobilenetv3_small_minimal_100", {}, (1, 3, 69, 53), 40, POOL, slow=True),
+    Case("dla46x_c", {}, (1, 3, 96, 64), 40, POOL, slow=True),
+    Case("hrnet_w18_small", {}, (1, 3, 96, 64), 40, POOL, slow=True),
+    Case("inception_v4", {}, (1, 3, 107, 91), 40, POOL, slow=True),
     Case("mobilenetv4_conv_small_035", {}, (1, 3, 69, 53), 40, POOL, slow=True),
     *(
         Case(name, {}, (1, 3, 97, 71), 40, POOL, slow=True)
         for name in (
-            *("tf_efficientnet_lite0", "densenet121", "dla46x_c", "hrnet_w18_small", "res2net50_26w_4s"),
-            *("convmixer_768_32", "dpn68", "selecsls42", "fasternet_t0", "inception_v4"),
+            *("tf_efficientnet_lite0", "densenet121", "res2net50_26w_4s"),
+            *("convmixer_768_32", "dpn68", "selecsls42", "fasternet_t0"),
         )
     ),
     *(

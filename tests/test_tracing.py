@@ -8,6 +8,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -554,3 +555,16 @@ def test_a_module_with_state_that_is_not_a_submodule_is_refused(name: str) -> No
     """Its state would be part of the graph."""
     with pytest.raises(fxstream.TraceError, match=r"calls a .* that is not one of the model's submodules"):
         fxstream.convert(Body(_pooled_by(KEPT[name]()), first=conv(), last=conv()), 4)
+
+
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * ceil(0.5 * x.shape[1])
+
+
+def test_a_function_of_python_that_was_imported_by_its_name_is_no_variable_that_forward_changes() -> None:
+    assert_exact(nn.Sequential(conv(), Rounding()), IMAGE, 4, whole=True)

@@ -91,6 +91,8 @@ def answer(
     rule = rule_of(node, module)
     found = leaves((args, kwargs))
     if not any(isinstance(leaf, Value) for leaf in found) and (rule is None or not rule.takes_sizes):
+        if (sizes := _sizes_asked(node, args)) is not None:
+            return Fact(sizes)
         made = any(isinstance(leaf, (torch.Tensor, Typed, Pending)) for leaf in found)
         if made and module is None and rule is not None and _is_repeatable(rule) and not overwrites(node, None):
             return derived(_called(node), args, kwargs)
@@ -107,6 +109,15 @@ def answer(
         return answer_in_region(node, rule(*args, **kwargs))
     except ValueError as error:
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
+
+
+def _sizes_asked(node: fx.Node, args: tuple[Any, ...]) -> Any:
+    """The shape, or one of the sizes, of a tensor that is made of sizes, if that is what a node reads; else None."""
+    if not args or not isinstance(args[0], Pending) or args[0].shape is None:
+        return None
+    if (node.target is getattr and args[1] == "shape") or (node.target == "size" and len(node.args) == 1):
+        return args[0].shape
+    return args[0].shape[args[1]] if node.target == "size" and len(args) == 2 else None
 
 
 def _is_repeatable(rule: Rule) -> bool:

@@ -129,10 +129,10 @@ def _answered(original: Callable[..., bool]) -> Callable[..., bool]:
             return False  # they ask whether it is a proxy
         try:
             return issubclass(value.tracer.facts.type_of(value.node), classes)
-        except UnknownFactError:
+        except UnknownFactError as error:
             if asking.startswith("torch."):
                 return False
-            what = f"it asks for the type of {value.node.name}, which is not known while it is traced"
+            what = f"it asks for the type of {value.node.name}, which is not known while it is traced ({error})"
             raise UnrecordedError(what) from None
 
     return answer

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -150,7 +150,8 @@ def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _is_definition(name: str, value: Any) -> bool:
     """Whether a global name is that of Python itself, or of a function, a class or a module."""
-    return name.startswith("__") or isinstance(value, (type, FunctionType, ModuleType))
+    # fx puts functions of its own in the place of some of Python's, such as math.ceil.
+    return name.startswith("__") or isinstance(value, (type, FunctionType, BuiltinFunctionType, ModuleType))
 
 
 class RandomState:

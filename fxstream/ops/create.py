@@ -7,6 +7,7 @@ value is expanded, and the operation that reads it takes the rows that it needs:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..geometry.axes import Dim, Value, is_extent, is_extent_of
 from .arguments import unpacked
 from .derived import derived, typed
 from .pointwise import cast
-from .registry import Answer, Local, NotLocal, Typed, Unknown, register
+from .registry import Answer, Fact, Local, NotLocal, Pending, Typed, Unknown, register
 
 
 def _created(function: Callable[..., torch.Tensor], size: Sequence[Any], of: Value | None, **options: Any) -> Answer:
@@ -29,7 +30,12 @@ def _created(function: Callable[..., torch.Tensor], size: Sequence[Any], of: Val
     sources = [extent.value for extent in extents.values()] + ([] if of is None else [of])
     source = next((value for value in reversed(sources) if _are_extents(extents.values(), value)), None)
     if source is None:
-        return derived(function, (None if of is None else typed(of, lambda like: like), size), options)
+        made = derived(function, (None if of is None else typed(of, lambda like: like), size), options)
+        # With the type of a value of another size it cannot be made at a call.
+        typeless = of is None and not any(isinstance(option, Typed) for option in options.values())
+        if typeless and isinstance(made, Fact) and isinstance(made.value, Pending):
+            return Fact(replace(made.value, shape=tuple(size)))
+        return made
     dims = tuple(
         source.dims[source.position(extents[index].tag)] if index in extents else Dim(None, length)
         for index, length in enumerate(size)

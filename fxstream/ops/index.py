@@ -12,7 +12,7 @@ from ..geometry.axes import Dim, Extent, Multiple, Size, Symbol, Value
 from ..geometry.window import Sliding, Span, Table, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
-from .registry import Answer, Local, NotLocal, Sliced, Unknown, register, unstreamed
+from .registry import Answer, Local, NotLocal, Pending, Sliced, Unknown, register, unstreamed
 
 
 @register(torch.cat, torch.concat, torch.concatenate)
@@ -43,7 +43,10 @@ def _known(tensor: Any, dim: int) -> int | None:
     """The size of a dimension; None if it is not known before the call."""
     if isinstance(tensor, Value):
         return tensor.dims[dim].known
-    return None if isinstance(tensor, Unknown) else tensor.size(dim)
+    if isinstance(tensor, Unknown):
+        size = tensor.shape[dim] if isinstance(tensor, Pending) and tensor.shape is not None else None
+        return size if isinstance(size, int) else None
+    return int(tensor.size(dim))
 
 
 @register(torch.stack)

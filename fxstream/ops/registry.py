@@ -107,8 +107,12 @@ class Unknown(Undetermined):
     """What the tensor is, for whoever prints it."""
 
 
+@dataclass(frozen=True)
 class Pending(Unknown):
     """At conversion, the stand-in for a tensor that is made of sizes or types of the image."""
+
+    shape: tuple[Any, ...] | None = None
+    """Its shape, if that is what it was made of; some of the sizes may be known only at a call."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -259,7 +260,8 @@ def _weighted_sums(block: torch.Tensor, axes: Sequence[_Axis], spans: Sequence[S
     dtype = _dtype_of_result(block, axes[0].mode)
     if block.dtype.itemsize < 4:  # torch also adds up half precision in float32
         block = block.float()
-    with torch.autocast(block.device.type, enabled=False):
+    kind = block.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         for dim, (axis, span) in enumerate(zip(axes, spans, strict=True), start=2):
             block = _weighted_sum_along(block, dim, axis, span)
     return block.to(dtype)
@@ -286,7 +288,8 @@ def _weighted_sum_along(block: torch.Tensor, dim: int, axis: _Axis, span: Span) 
 
 def _dtype_of_result(block: torch.Tensor, mode: str) -> torch.dtype:
     """The dtype of the result: the block's, unless autocast changes it."""
-    if not torch.is_autocast_enabled(block.device.type):
+    kind = block.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return block.dtype
     return F.interpolate(block.new_zeros((1,) * block.dim()), size=(1,) * (block.dim() - 2), mode=mode).dtype
 
