@@ -124,6 +124,9 @@ not isinstance(y, dict) and torch.is_tensor(y)
 type(y) is torch.Tensor
 type(y) == torch.Tensor
 y.__class__ is torch.Tensor
+y.__class__.__name__ == "Tensor"
+isinstance(self.weight, nn.Parameter)
+type(self.offset) is torch.Tensor
 isinstance(y.shape, tuple) and isinstance(y.shape[2], int)
 isinstance(y.shape[2:], torch.Size)
 type(y.shape[2]) is int
@@ -769,6 +772,18 @@ y = torch.nn.Identity()(y)
 if y is x:
     y = y * 2
 
+alias# = y
+y = y.clone()
+alias# = alias#.add(1)
+y = y + alias#
+
+z# = y[:, :2]
+y = y.mul(2)
+y = y + z#.repeat(1, 2, 1, 1)
+""")
+
+# What only the proof sees, whether one value is the same object as another. It has to run in the proof.
+_GRAMMAR["IDENTITY"] = _blocks("""
 before# = y
 y = <<y.to(x.dtype)|y.contiguous()|F.dropout(y, 0.5, False)|y.expand_as(y)|y.float()|y.relu_()>>
 y = y.to(x.dtype)
@@ -778,15 +793,6 @@ if y is before#:
 before# = y
 y = self.identity(y)
 y = y * (2 if y is before# else 3)
-
-alias# = y
-y = y.clone()
-alias# = alias#.add(1)
-y = y + alias#
-
-z# = y[:, :2]
-y = y.mul(2)
-y = y + z#.repeat(1, 2, 1, 1)
 """)
 
 # What the next call sees.
@@ -1235,6 +1241,8 @@ def draw(seed: int) -> Forward:
         writer = _Writer(choose, state_here, parts=name == "Net")
         lines = [writer.text("IMAGE", 0)] if name == "Net" and choose.random() < 0.5 else []
         lines.append("y = self.stem(x)")
+        if choose.random() < 0.02:
+            lines.append(writer.text("IDENTITY", 0))
         if name == "Net" and _USES[signature]:
             lines.append(_USES[signature])
         lines += [writer.statement() for _ in range(choose.randint(1, most))]

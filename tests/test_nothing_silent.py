@@ -446,11 +446,46 @@ def _transposed_in_place(m: Any, y: torch.Tensor) -> torch.Tensor:
     return z
 
 
-@pytest.mark.parametrize("body", [_if_tensor, _if_sizes])
+def _of_type(m: Any, y: torch.Tensor) -> torch.Tensor:
+    tensors = type(y) is torch.Tensor, type(y).__name__ == "Tensor", y.__class__ is torch.Tensor
+    sizes = type(y.shape[2]) is int, type(y.shape) == torch.Size, y.shape[2:].__class__ is torch.Size  # noqa: E721
+    others = type(m) is Trunk, isinstance(m.__class__, type), issubclass(type(type(m)), type)
+    return y * (5 if all((*tensors, *sizes, *others)) else 7)
+
+
+def _if_parameter(m: Any, y: torch.Tensor) -> torch.Tensor:
+    weight, mean = m.norm.weight, m.norm.running_mean
+    parameters = isinstance(weight, nn.Parameter), type(weight) is nn.Parameter, not isinstance(mean, nn.Parameter)
+    return y * (5 if all(parameters) else 7)
+
+
+@pytest.mark.parametrize("body", [_if_tensor, _if_sizes, _of_type, _if_parameter])
 @pytest.mark.parametrize("around", [nn.Identity, Around], ids=["the root", "a submodule"])
 def test_what_a_value_is(body: Any, around: Any) -> None:
     model = Trunk(body)
     assert_exact(model if around is nn.Identity else Around(model), IMAGE, 8, whole=True)
+
+
+def test_type_is_python_s_own_again_and_may_make_classes_meanwhile() -> None:
+    def named(m: Any, y: torch.Tensor) -> torch.Tensor:
+        class Kind(type):
+            pass
+
+        return y * len(type("Made", (), {}).__name__) * len(Kind("Of", (), {}).__name__)
+
+    assert_exact(Trunk(named), IMAGE, 8, whole=True)
+    assert "type" not in globals()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "asks", [lambda m: m.training is True, lambda m: False is not m.training, lambda m: m.training is not False]
+)
+def test_a_mode_that_is_compared_by_identity_is_what_it_is_and_must_not_change(asks: Any, mode: bool) -> None:
+    model = Trunk(lambda m, y: y * (2 if asks(m) else 3)).train(mode)
+    converted = assert_exact(model, IMAGE, 8, whole=True)
+    with pytest.raises(fxstream.ModeError, match="depends on its mode"):
+        converted.train(not mode)(image())
 
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")

@@ -40,10 +40,8 @@ class Snapshot:
             self._held_by[module] = [("", module), *self._reached(module, most)]
         self._globals: dict[int, _Globals] = {}
         """By the ids of the dicts that hold them."""
-        for module in modules:
-            for names in _namespaces(module):
-                if id(names) not in self._globals:
-                    self._globals[id(names)] = _Globals(names)
+        for names in namespaces(*modules):
+            self._globals[id(names)] = _Globals(names)
 
     def _reached(self, module: nn.Module, most: int) -> Iterator[tuple[str, Any]]:
         """Note what can be reached from a module, the nearest first, until `most` things have been noted."""
@@ -104,8 +102,7 @@ class Snapshot:
 
     def _globals_of(self, *modules: nn.Module) -> list[_Globals]:
         """The global variables of the files of some modules' classes."""
-        found = {id(names) for module in modules for names in _namespaces(module)}
-        return [self._globals[name] for name in found if name in self._globals]
+        return [self._globals[id(names)] for names in namespaces(*modules) if id(names) in self._globals]
 
     def _restore(self, thing: Any) -> None:
         _, contents = self._contents[id(thing)]
@@ -141,11 +138,10 @@ class _Globals:
                 _fill(self._values[name], self._contents[name])
 
 
-def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The global variables of the files in which the classes of a user's module are written."""
-    for name in {kind.__module__ for kind in type(module).__mro__}:
-        if name.partition(".")[0] not in LIBRARIES and name in sys.modules:
-            yield vars(sys.modules[name])
+def namespaces(*modules: nn.Module) -> list[dict[str, Any]]:
+    """The global variables of the files in which the classes of a user's modules are written, file by file."""
+    names = sorted({kind.__module__ for module in modules for kind in type(module).__mro__})
+    return [vars(sys.modules[n]) for n in names if n.partition(".")[0] not in LIBRARIES and n in sys.modules]
 
 
 def _is_definition(name: str, value: Any) -> bool:
