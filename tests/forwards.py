@@ -869,6 +869,10 @@ setattr(self, "calls", self.calls + 2)
 y = y * self.calls
 
 type(self).made = y.shape[2]
+y = y * <<2|self.made>>
+
+type(self).count += 1
+y = y * type(self).count
 
 self.__dict__["calls"] = self.calls + 1
 
@@ -1040,6 +1044,7 @@ def position(rows, columns):
 
 _CLASS = """
     gain = 1.25
+    count = 1
 
     @property
     def doubled(self):

@@ -25,6 +25,8 @@ from fxstream.testing import compare, head
 class Trunk(nn.Module):
     """Two convolutions around a given piece of Python."""
 
+    made = 0
+
     def __init__(self, body: Callable[[Any, torch.Tensor], torch.Tensor], **attributes: Any):
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3)
@@ -247,16 +249,29 @@ def _newly(m: Any, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _of_the_class(m: Any, y: torch.Tensor) -> torch.Tensor:
+    type(m).made += 1
+    return y * type(m).made
+
+
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
-@pytest.mark.parametrize(("body", "name"), [(_globally, "CALLS"), (_kept, "KEPT"), (_newly, "LATEST")])
-def test_a_forward_that_changes_a_global_variable_is_refused_and_a_submodule_that_does_stays_one_call(
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (_globally, "the global CALLS"),
+        (_kept, "the global KEPT"),
+        (_newly, "the global LATEST"),
+        (_of_the_class, "Trunk.made"),
+    ],
+)
+def test_a_forward_that_changes_a_variable_of_its_file_or_class_is_refused_and_a_submodule_that_does_stays_one_call(
     body: Any, name: str
 ) -> None:
     plain = Around(Trunk(body)).double()
-    with pytest.raises(fxstream.TraceError, match=rf"assigns attributes \(the global {name}\)"):
+    with pytest.raises(fxstream.TraceError, match=rf"assigns attributes \({name}\)"):
         fxstream.convert(plain.inner, 8)
     converted = fxstream.convert(copy.deepcopy(plain), 8)
-    assert (CALLS, KEPT, "LATEST" in globals()) == (0, [], False)
+    assert (CALLS, KEPT, "LATEST" in globals(), Trunk.made) == (0, [], False, 0)
     assert head(converted) == ["inner"]
     x = image()
     try:
@@ -271,6 +286,7 @@ def test_a_forward_that_changes_a_global_variable_is_refused_and_a_submodule_tha
 def _forget() -> None:
     KEPT.clear()
     globals().update(CALLS=0)
+    Trunk.made = 0
     globals().pop("LATEST", None)
 
 

@@ -277,6 +277,9 @@ def _state(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:
         own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
         for name, value in {**module._parameters, **module._buffers, **own}.items():
             found[f"{path}.{name}"] = list(_parts(f"{path}.{name}", value))
+        if path and type(module).__module__ == "generated":
+            variables = {name: value for name, value in vars(type(module)).items() if isinstance(value, (int, float))}
+            found[f"the class of {path}"] = list(_parts(f"the class of {path}", variables))
     return found
 
 

@@ -18,7 +18,7 @@ from ..ops import functions
 from .facts import UnknownFactError
 from .nodes import leaves
 from .proxy import RecordingProxy, UnrecordedError
-from .snapshot import namespaces
+from .snapshot import files_of
 
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
@@ -144,7 +144,7 @@ def _answered(original: Callable[..., bool]) -> Callable[..., bool]:
 @contextmanager
 def _answered_type(root: nn.Module) -> Iterator[None]:
     """In this context, `type` is `_Type` in the files in which the classes of a model's modules are written."""
-    files = [names for names in namespaces(*root.modules()) if "type" not in names]
+    files = [names for names in map(vars, files_of(*root.modules())) if "type" not in names]
     for names in files:
         names["type"] = _Type
     try:
@@ -162,6 +162,8 @@ class _Answering(type):
             return super().__call__(*args, **kwargs)
         if len(args) == 1 and type(args[0]) is RecordingProxy:
             return args[0].tracer.answer("type_of", args[0].node)
+        if len(args) == 1 and isinstance(args[0], nn.Module):
+            return args[0].__class__  # that of the user, who knows nothing of the class that it has while it is traced
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, value: Any) -> bool:

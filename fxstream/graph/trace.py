@@ -307,6 +307,8 @@ class _Tracer(fx.Tracer):
             module.__dict__["training"] = value
 
         def attribute(module: nn.Module, name: str) -> Any:
+            if name == "__class__":
+                return original
             value = original.__getattribute__(module, name)
             if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
                 # A converted model does not always have the class attributes of the root, see `extended`.
