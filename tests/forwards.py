@@ -51,7 +51,7 @@ min(y.shape[2:])
 max(y.shape[-2:])
 y.shape[2:][0]
 list(y.shape)[3]
-(y.shape[2] + y.shape[3]) // 2
+((y.shape[2] + y.shape[3]) // 2)
 int(y.shape[2] / 2)
 math.ceil(y.shape[3] / 2)
 y.shape[2:].numel()
