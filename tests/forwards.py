@@ -1088,7 +1088,7 @@ _INIT = """
         self.scale, self.kind, self.flag, self.head, self.verbose = 0.7, "one", True, None, False
         self.steps, self.options, self.settings = (1, 2, 3), {"rate": 0.5, "on": True}, Settings()
         self.mode, self.calls, self.grid, self.cache, self.features = Mode.FAST, 0, None, {}, []
-        self.seen, self.history, self.last = set(), collections.deque([2], maxlen=3), None
+        self.seen, self.history, self.last = set(), collections.deque([2]), None
         self.fn = lambda y: self.act(y) * self.scale
         self.method, self.bound = self.helper, functools.partial(self.helper, factor=self.scale)
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.3)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact
+from reference import Body, assert_exact
 from torch import nn
 
 import fxstream
@@ -281,6 +281,27 @@ def test_a_forward_that_changes_a_variable_of_its_file_or_class_is_refused_and_a
     finally:
         _forget()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@functools.cache
+def _rows(size: int) -> torch.Tensor:
+    return torch.arange(size, dtype=torch.double).view(-1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_function_with_a_cache_keeps_nothing_of_a_conversion() -> None:
+    """It may be called on the meta device, where tensors have no numbers, and by the proof."""
+
+    def asked(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.inner(m.stem(x))
+        return y * 2 if y.shape[2] > 5 else y
+
+    inner = Trunk(lambda m, y: y + _rows(y.shape[2]))
+    plain = Body(asked, stem=nn.Conv2d(3, 3, 3), inner=inner).double()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert _rows.cache_info().currsize == 0
+    x = image()
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=0)
 
 
 def _forget() -> None:

@@ -208,7 +208,13 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, kind
 
 
+_LAYOUT = "view size is not compatible with input tensor's size and stride"
+"""Of a view of a tensor that is not contiguous. The blocks of it are, so that it streams."""
+
+
 def _compare_outcomes(expected: Outcome, found: Outcome) -> None:
+    if expected.error is not None and found.error is None and _LAYOUT in str(expected.error):
+        return
     if (expected.error is None) is not (found.error is None) or type(expected.error) is not type(found.error):
         raise Differs(f"plain: {_first_line(expected.error)}; streaming: {_first_line(found.error)}")
     if expected.error is not None:

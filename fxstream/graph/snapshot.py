@@ -7,6 +7,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from .attributes import LIBRARIES, is_plain_object
 from .hooks import computed_weights
 
 _CONTAINERS = (dict, list, set, deque)
+_CACHED = type(lru_cache(len))
 MOST_OBJECTS = 20_000
 """A model may hold a whole data set. Beyond so many containers and objects, we do not look at further ones."""
 
@@ -110,12 +112,18 @@ class Snapshot:
 
 
 class _Variables:
-    """The variables of a file or a class; of containers among them, what they hold."""
+    """The variables of a file or a class; of containers among them, what they hold.
+
+    What a function with a cache has kept since is forgotten: it may be a proxy, or a tensor on the meta device.
+    """
 
     def __init__(self, owner: Any):
         self._owner = owner
         self._values = self._now()
         self._contents = {name: value.copy() for name, value in self._values.items() if isinstance(value, _CONTAINERS)}
+
+        cached = ((name, value) for name, value in self._values.items() if isinstance(value, _CACHED))
+        self._misses = {name: value.cache_info().misses for name, value in cached}
 
     def _now(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self._owner).items() if not _is_definition(name, value)}
@@ -133,6 +141,9 @@ class _Variables:
 
     def restore(self) -> None:
         """Put everything back."""
+        for name, misses in self._misses.items():
+            if self._values[name].cache_info().misses != misses:
+                self._values[name].cache_clear()
         for name in self._differing():
             if name not in self._values:
                 delattr(self._owner, name)
