@@ -51,7 +51,7 @@ min(y.shape[2:])
 max(y.shape[-2:])
 y.shape[2:][0]
 list(y.shape)[3]
-(y.shape[2] + y.shape[3]) // 2
+((y.shape[2] + y.shape[3]) // 2)
 int(y.shape[2] / 2)
 math.ceil(y.shape[3] / 2)
 y.shape[2:].numel()
@@ -124,6 +124,9 @@ not isinstance(y, dict) and torch.is_tensor(y)
 type(y) is torch.Tensor
 type(y) == torch.Tensor
 y.__class__ is torch.Tensor
+y.__class__.__name__ == "Tensor"
+isinstance(self.weight, nn.Parameter)
+type(self.offset) is torch.Tensor
 isinstance(y.shape, tuple) and isinstance(y.shape[2], int)
 isinstance(y.shape[2:], torch.Size)
 type(y.shape[2]) is int
@@ -769,6 +772,18 @@ y = torch.nn.Identity()(y)
 if y is x:
     y = y * 2
 
+alias# = y
+y = y.clone()
+alias# = alias#.add(1)
+y = y + alias#
+
+z# = y[:, :2]
+y = y.mul(2)
+y = y + z#.repeat(1, 2, 1, 1)
+""")
+
+# What only the proof sees, whether one value is the same object as another. It has to run in the proof.
+_GRAMMAR["IDENTITY"] = _blocks("""
 before# = y
 y = <<y.to(x.dtype)|y.contiguous()|F.dropout(y, 0.5, False)|y.expand_as(y)|y.float()|y.relu_()>>
 y = y.to(x.dtype)
@@ -778,15 +793,6 @@ if y is before#:
 before# = y
 y = self.identity(y)
 y = y * (2 if y is before# else 3)
-
-alias# = y
-y = y.clone()
-alias# = alias#.add(1)
-y = y + alias#
-
-z# = y[:, :2]
-y = y.mul(2)
-y = y + z#.repeat(1, 2, 1, 1)
 """)
 
 # What the next call sees.
@@ -863,6 +869,10 @@ setattr(self, "calls", self.calls + 2)
 y = y * self.calls
 
 type(self).made = y.shape[2]
+y = y * <<2|self.made>>
+
+type(self).count += 1
+y = y * type(self).count
 
 self.__dict__["calls"] = self.calls + 1
 
@@ -1034,6 +1044,7 @@ def position(rows, columns):
 
 _CLASS = """
     gain = 1.25
+    count = 1
 
     @property
     def doubled(self):
@@ -1077,7 +1088,7 @@ _INIT = """
         self.scale, self.kind, self.flag, self.head, self.verbose = 0.7, "one", True, None, False
         self.steps, self.options, self.settings = (1, 2, 3), {"rate": 0.5, "on": True}, Settings()
         self.mode, self.calls, self.grid, self.cache, self.features = Mode.FAST, 0, None, {}, []
-        self.seen, self.history, self.last = set(), collections.deque([2], maxlen=3), None
+        self.seen, self.history, self.last = set(), collections.deque([2]), None
         self.fn = lambda y: self.act(y) * self.scale
         self.method, self.bound = self.helper, functools.partial(self.helper, factor=self.scale)
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.3)
@@ -1235,6 +1246,8 @@ def draw(seed: int) -> Forward:
         writer = _Writer(choose, state_here, parts=name == "Net")
         lines = [writer.text("IMAGE", 0)] if name == "Net" and choose.random() < 0.5 else []
         lines.append("y = self.stem(x)")
+        if choose.random() < 0.02:
+            lines.append(writer.text("IDENTITY", 0))
         if name == "Net" and _USES[signature]:
             lines.append(_USES[signature])
         lines += [writer.statement() for _ in range(choose.randint(1, most))]

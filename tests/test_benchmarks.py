@@ -108,7 +108,7 @@ def test_the_overhead_of_a_tile(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_models_says_by_which_door_they_get_in_and_where_streaming_ends() -> None:
-    """A model that streams up to its head, one that only torch.compile's front end captures, and one that is refused."""
+    """One model streams up to its head, one is captured only by torch.compile, and one is refused."""
     pytest.importorskip("timm")
     pytest.importorskip("monai")
     options = ["--packages", "monai", "timm", "--only", "DynUNet, deep supervision, 2-D", "tnt:", "vgg:"]

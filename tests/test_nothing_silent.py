@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_exact
+from reference import Body, assert_exact
 from torch import nn
 
 import fxstream
@@ -24,6 +24,8 @@ from fxstream.testing import compare, head
 
 class Trunk(nn.Module):
     """Two convolutions around a given piece of Python."""
+
+    made = 0
 
     def __init__(self, body: Callable[[Any, torch.Tensor], torch.Tensor], **attributes: Any):
         super().__init__()
@@ -247,16 +249,29 @@ def _newly(m: Any, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _of_the_class(m: Any, y: torch.Tensor) -> torch.Tensor:
+    type(m).made += 1
+    return y * type(m).made
+
+
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
-@pytest.mark.parametrize(("body", "name"), [(_globally, "CALLS"), (_kept, "KEPT"), (_newly, "LATEST")])
-def test_a_forward_that_changes_a_global_variable_is_refused_and_a_submodule_that_does_stays_one_call(
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (_globally, "the global CALLS"),
+        (_kept, "the global KEPT"),
+        (_newly, "the global LATEST"),
+        (_of_the_class, "Trunk.made"),
+    ],
+)
+def test_a_forward_that_changes_a_variable_of_its_file_or_class_is_refused_and_a_submodule_that_does_stays_one_call(
     body: Any, name: str
 ) -> None:
     plain = Around(Trunk(body)).double()
-    with pytest.raises(fxstream.TraceError, match=rf"assigns attributes \(the global {name}\)"):
+    with pytest.raises(fxstream.TraceError, match=rf"assigns attributes \({name}\)"):
         fxstream.convert(plain.inner, 8)
     converted = fxstream.convert(copy.deepcopy(plain), 8)
-    assert (CALLS, KEPT, "LATEST" in globals()) == (0, [], False)
+    assert (CALLS, KEPT, "LATEST" in globals(), Trunk.made) == (0, [], False, 0)
     assert head(converted) == ["inner"]
     x = image()
     try:
@@ -268,9 +283,31 @@ def test_a_forward_that_changes_a_global_variable_is_refused_and_a_submodule_tha
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
+@functools.cache
+def _rows(size: int) -> torch.Tensor:
+    return torch.arange(size, dtype=torch.double).view(-1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
+def test_a_function_with_a_cache_keeps_nothing_of_a_conversion() -> None:
+    """It may be called on the meta device, where tensors have no numbers, and by the proof."""
+
+    def asked(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = m.inner(m.stem(x))
+        return y * 2 if y.shape[2] > 5 else y
+
+    inner = Trunk(lambda m, y: y + _rows(y.shape[2]))
+    plain = Body(asked, stem=nn.Conv2d(3, 3, 3), inner=inner).double()
+    converted = fxstream.convert(copy.deepcopy(plain), 8)
+    assert _rows.cache_info().currsize == 0
+    x = image()
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=0)
+
+
 def _forget() -> None:
     KEPT.clear()
     globals().update(CALLS=0)
+    Trunk.made = 0
     globals().pop("LATEST", None)
 
 
@@ -446,11 +483,46 @@ def _transposed_in_place(m: Any, y: torch.Tensor) -> torch.Tensor:
     return z
 
 
-@pytest.mark.parametrize("body", [_if_tensor, _if_sizes])
+def _of_type(m: Any, y: torch.Tensor) -> torch.Tensor:
+    tensors = type(y) is torch.Tensor, type(y).__name__ == "Tensor", y.__class__ is torch.Tensor
+    sizes = type(y.shape[2]) is int, type(y.shape) == torch.Size, y.shape[2:].__class__ is torch.Size  # noqa: E721
+    others = type(m) is Trunk, isinstance(m.__class__, type), issubclass(type(type(m)), type)
+    return y * (5 if all((*tensors, *sizes, *others)) else 7)
+
+
+def _if_parameter(m: Any, y: torch.Tensor) -> torch.Tensor:
+    weight, mean = m.norm.weight, m.norm.running_mean
+    parameters = isinstance(weight, nn.Parameter), type(weight) is nn.Parameter, not isinstance(mean, nn.Parameter)
+    return y * (5 if all(parameters) else 7)
+
+
+@pytest.mark.parametrize("body", [_if_tensor, _if_sizes, _of_type, _if_parameter])
 @pytest.mark.parametrize("around", [nn.Identity, Around], ids=["the root", "a submodule"])
 def test_what_a_value_is(body: Any, around: Any) -> None:
     model = Trunk(body)
     assert_exact(model if around is nn.Identity else Around(model), IMAGE, 8, whole=True)
+
+
+def test_type_is_python_s_own_again_and_may_make_classes_meanwhile() -> None:
+    def named(m: Any, y: torch.Tensor) -> torch.Tensor:
+        class Kind(type):
+            pass
+
+        return y * len(type("Made", (), {}).__name__) * len(Kind("Of", (), {}).__name__)
+
+    assert_exact(Trunk(named), IMAGE, 8, whole=True)
+    assert "type" not in globals()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "asks", [lambda m: m.training is True, lambda m: False is not m.training, lambda m: m.training is not False]
+)
+def test_a_mode_that_is_compared_by_identity_is_what_it_is_and_must_not_change(asks: Any, mode: bool) -> None:
+    model = Trunk(lambda m, y: y * (2 if asks(m) else 3)).train(mode)
+    converted = assert_exact(model, IMAGE, 8, whole=True)
+    with pytest.raises(fxstream.ModeError, match="depends on its mode"):
+        converted.train(not mode)(image())
 
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")

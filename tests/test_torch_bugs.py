@@ -1,7 +1,8 @@
-"""Where torch's own gradient is wrong, so that the plain model cannot be the reference as it is."""
+"""Where torch itself is wrong, so that the plain model, or its capture, cannot be the reference as it is."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -100,3 +101,20 @@ def test_the_gradient_of_a_batch_norm_with_statistics_that_are_not_contiguous(ti
     model = Body(body, conv=nn.Conv2d(2, 4, 3, padding=1), last=nn.Conv2d(4, 4, 3, padding=1))
     model.register_buffer("table", torch.linspace(0.5, 2, 16).view(4, 4))
     assert_exact(randomise(model), (2, 2, 5, 4), tile, whole=True)
+
+
+def test_torch_dynamo_forgets_the_last_entry_of_a_full_deque_that_grows_on_the_left() -> None:
+    """So a model that does this is wrong under any torch.compile; once this fails, docs/compile.md need not say so."""
+
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        m.sizes.appendleft(x.shape[2])
+        return x * m.sizes[-1]
+
+    def last(model: Any) -> list[float]:
+        return [model(torch.ones(1, 1, rows, 2))[0, 0, 0, 0].item() for rows in (5, 6, 7)]
+
+    def model() -> Body:
+        return Body(body, sizes=deque([2], maxlen=3))
+
+    assert last(model()) == [2, 2, 5]
+    assert last(torch.compile(model(), backend="eager", dynamic=True)) == [2, 2, 2]

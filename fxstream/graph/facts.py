@@ -43,6 +43,8 @@ class Facts:
         """`forms` are those of the arguments, by the names of their placeholders."""
         self._modules, self._forms = modules, forms
         self._values: dict[fx.Node, Any] = {}
+        self._types: dict[fx.Node, type] = {}
+        """Of tensors that are attributes, which may be Parameters."""
         self._devices: dict[fx.Node, set[torch.device]] = {}
         self._questions: dict[fx.Node, Question] = {}
         self._default_device = torch.get_default_device()
@@ -71,6 +73,8 @@ class Facts:
         """The type of a value."""
         found = self._value(node)
         self._note(Question.FORM)
+        if node in self._types:
+            return self._types[node]
         return torch.Tensor if isinstance(found, torch.Tensor) else type(found)
 
     def value(self, node: fx.Node) -> Any:
@@ -200,7 +204,7 @@ class Facts:
         found = getattr(self._modules[path], name)
         if not isinstance(found, torch.Tensor):
             return found
-        self._devices[node] = {found.device}
+        self._types[node], self._devices[node] = type(found), {found.device}
         return self._stand_in(found)
 
     def _stand_in(self, tensor: torch.Tensor | Form) -> torch.Tensor:

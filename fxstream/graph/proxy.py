@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy
@@ -14,6 +15,7 @@ from torch.fx.proxy import Proxy, TracerBase
 
 from ..ops import inplace
 from .facts import NotAcceptedError, UnknownFactError
+from .frames import reads_attribute
 
 
 class UnrecordedError(Exception):
@@ -43,6 +45,13 @@ class RecordingProxy(Proxy):
             state["_node"] = self.tracer.create_proxy("call_function", getattr, state["_of"], {}).node
         found: fx.Node = state["_node"]
         return found
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def __class__(self) -> Any:
+        asking = sys._getframe(1)
+        if reads_attribute(asking, "__class__") and not _is_library(asking):
+            return self.tracer.answer("type_of", self.node)
+        return RecordingProxy
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__array_"):  # numpy asks for these, and may use __array__ instead
@@ -98,8 +107,7 @@ class RecordingProxy(Proxy):
 
     def _written(self, write: Callable[[Any], str]) -> str:
         """The value as text, which a forward may use as a key; in error messages of torch and of ours, only a name."""
-        asking = sys._getframe(2).f_globals.get("__name__", "")
-        if asking.partition(".")[0] in ("torch", "fxstream"):
+        if _is_library(sys._getframe(2)):
             return Proxy.__repr__(self)
         try:
             return write(self.tracer.answer("value", self.node))
@@ -121,6 +129,11 @@ class RecordingProxy(Proxy):
 
     def _is_tensor(self) -> bool:
         return issubclass(self.tracer.answer("type_of", self.node), torch.Tensor)
+
+
+def _is_library(asking: FrameType) -> bool:
+    """Whether a frame runs code of torch or ours."""
+    return asking.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fxstream")
 
 
 def _inplace(name: str) -> Callable[[RecordingProxy, Any], Proxy]:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +18,7 @@ from ..ops import functions
 from .facts import UnknownFactError
 from .nodes import leaves
 from .proxy import RecordingProxy, UnrecordedError
+from .snapshot import files_of
 
 _FACTORIES = (
     *("zeros", "ones", "full", "empty", "eye", "arange", "linspace", "logspace", "tril_indices", "triu_indices"),
@@ -28,17 +30,18 @@ _QUESTIONS = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabl
 
 
 @contextmanager
-def replaced_functions(record: Callable[..., Proxy], recording: Callable[[], bool]) -> Iterator[None]:
+def replaced_functions(root: nn.Module, record: Callable[..., Proxy], recording: Callable[[], bool]) -> Iterator[None]:
     """In this context, some functions record a call with a proxy, answer it, or refuse it.
 
-    `record` makes a node, with the arguments of `fx.Tracer.create_proxy`. `recording` tells whether it is the traced
-    forward that asks.
+    `root` is the model that is traced. `record` makes a node, with the arguments of `fx.Tracer.create_proxy`.
+    `recording` tells whether it is the traced forward that asks.
 
     - Functions that make tensors record it, and so do functions of other packages that have a rule. Torch itself asks a
       proxy only where it expects a tensor.
     - An autograd.Function refuses it, and questions about the state of a call refuse whoever asks.
     - `isinstance` answers as for the value itself. A proxy cannot do that by its `__class__`, since the C++ code of
       torch, too, would then take it for a tensor.
+    - `type` does so, too, in the files in which the classes of the model's modules are written.
     """
     with torch.device("meta"):
         torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
@@ -54,7 +57,7 @@ def replaced_functions(record: Callable[..., Proxy], recording: Callable[[], boo
     for (owner, name, replacement), original in zip(replacements, originals, strict=True):
         setattr(owner, name, replacement(original))
     try:
-        with factories:
+        with factories, _answered_type(root):
             yield
     finally:
         for (owner, name, _), original in zip(replacements, originals, strict=True):
@@ -136,3 +139,39 @@ def _answered(original: Callable[..., bool]) -> Callable[..., bool]:
             raise UnrecordedError(what) from None
 
     return answer
+
+
+@contextmanager
+def _answered_type(root: nn.Module) -> Iterator[None]:
+    """In this context, `type` is `_Type` in the files in which the classes of a model's modules are written."""
+    files = [names for names in map(vars, files_of(*root.modules())) if "type" not in names]
+    for names in files:
+        names["type"] = _Type
+    try:
+        yield
+    finally:
+        for names in files:
+            del names["type"]
+
+
+class _Answering(type):
+    """The class of `_Type`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not _Type:  # a metaclass of the user's own
+            return super().__call__(*args, **kwargs)
+        if len(args) == 1 and type(args[0]) is RecordingProxy:
+            return args[0].tracer.answer("type_of", args[0].node)
+        if len(args) == 1 and isinstance(args[0], nn.Module):
+            return args[0].__class__  # that of the user, who knows nothing of the class that it has while it is traced
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return issubclass(type(value), type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+
+class _Type(type, metaclass=_Answering):
+    """Stands for `type`, and gives the class of a value for its proxy."""

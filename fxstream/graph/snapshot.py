@@ -7,6 +7,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from .attributes import LIBRARIES, is_plain_object
 from .hooks import computed_weights
 
 _CONTAINERS = (dict, list, set, deque)
+_CACHED = type(lru_cache(len))
 MOST_OBJECTS = 20_000
 """A model may hold a whole data set. Beyond so many containers and objects, we do not look at further ones."""
 
@@ -24,7 +26,7 @@ MOST_OBJECTS = 20_000
 class Snapshot:
     """What all modules of a model hold, and the containers and plain objects that can be reached from them.
 
-    Besides, the global variables of the files in which the classes of the modules are written.
+    Besides, the variables of the modules' classes and of the files in which these are written.
     """
 
     def __init__(self, model: nn.Module):
@@ -38,12 +40,8 @@ class Snapshot:
         most = len(modules) + MOST_OBJECTS
         for module in modules:
             self._held_by[module] = [("", module), *self._reached(module, most)]
-        self._globals: dict[int, _Globals] = {}
-        """By the ids of the dicts that hold them."""
-        for module in modules:
-            for names in _namespaces(module):
-                if id(names) not in self._globals:
-                    self._globals[id(names)] = _Globals(names)
+        owners = (*files_of(*modules), *_classes_of(*modules))
+        self._variables = {id(owner): _Variables(owner) for owner in owners}
 
     def _reached(self, module: nn.Module, most: int) -> Iterator[tuple[str, Any]]:
         """Note what can be reached from a module, the nearest first, until `most` things have been noted."""
@@ -59,13 +57,13 @@ class Snapshot:
         self._contents[id(thing)] = (thing, _copied(_contents(thing)))
 
     def changed(self, *modules: nn.Module) -> list[str]:
-        """The names of attributes and global variables that are not what they were.
+        """The names of attributes and variables that are not what they were.
 
-        Attributes of some modules and of what is reached from them, and variables of the files of their classes.
+        Attributes of some modules and of what is reached from them, variables of their classes and of the files.
         """
         found: list[str] = []
-        for variables in self._globals_of(*modules):
-            found += (f"the global {name}" for name in variables.changed())
+        for variables in self._variables_of(*modules):
+            found += variables.changed()
         for module in modules:
             computed = computed_weights(module)
             for name, thing in self._held_by.get(module, ()):  # none for a module that forward has made
@@ -85,7 +83,7 @@ class Snapshot:
         """Put everything back."""
         for thing, _ in self._contents.values():
             self._restore(thing)
-        for variables in self._globals.values():
+        for variables in self._variables.values():
             variables.restore()
 
     def restore_reached(self, modules: Iterable[nn.Module]) -> None:
@@ -99,13 +97,13 @@ class Snapshot:
                 self._restore(thing)
                 waiting.extend(part for _, part in _watched("", thing))
             if isinstance(thing, nn.Module):
-                for variables in self._globals_of(thing):
+                for variables in self._variables_of(thing):
                     variables.restore()
 
-    def _globals_of(self, *modules: nn.Module) -> list[_Globals]:
-        """The global variables of the files of some modules' classes."""
-        found = {id(names) for module in modules for names in _namespaces(module)}
-        return [self._globals[name] for name in found if name in self._globals]
+    def _variables_of(self, *modules: nn.Module) -> list[_Variables]:
+        """The variables of the files and classes of some modules."""
+        owners = map(id, (*files_of(*modules), *_classes_of(*modules)))
+        return [self._variables[owner] for owner in owners if owner in self._variables]
 
     def _restore(self, thing: Any) -> None:
         _, contents = self._contents[id(thing)]
@@ -113,43 +111,62 @@ class Snapshot:
             _fill(thing, contents)
 
 
-class _Globals:
-    """The global variables of a file; of containers among them, what they hold."""
+class _Variables:
+    """The variables of a file or a class; of containers among them, what they hold.
 
-    def __init__(self, names: dict[str, Any]):
-        self._names = names
-        self._values = {name: value for name, value in names.items() if not _is_definition(name, value)}
-        self._contents = {
-            name: _copied(value) for name, value in self._values.items() if isinstance(value, _CONTAINERS)
-        }
+    What a function with a cache has kept since is forgotten: it may be a proxy, or a tensor on the meta device.
+    """
 
-    def changed(self) -> set[str]:
+    def __init__(self, owner: Any):
+        self._owner = owner
+        self._values = self._now()
+        self._contents = {name: value.copy() for name, value in self._values.items() if isinstance(value, _CONTAINERS)}
+
+        cached = ((name, value) for name, value in self._values.items() if isinstance(value, _CACHED))
+        self._misses = {name: value.cache_info().misses for name, value in cached}
+
+    def _now(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self._owner).items() if not _is_definition(name, value)}
+
+    def changed(self) -> list[str]:
         """The names of variables that have other values, or hold something else."""
-        now = {name: value for name, value in self._names.items() if not _is_definition(name, value)}
+        owner = f"{self._owner.__name__}." if isinstance(self._owner, type) else "the global "
+        return [f"{owner}{name}" for name in self._differing()]
+
+    def _differing(self) -> set[str]:
+        now = self._now()
         other = (name for name in now.keys() | self._values.keys() if now.get(name) is not self._values.get(name))
         held = (name for name, held in self._contents.items() if not _same(self._values[name], held))
         return {*other, *held}
 
     def restore(self) -> None:
         """Put everything back."""
-        for name in self.changed():
+        for name, misses in self._misses.items():
+            if self._values[name].cache_info().misses != misses:
+                self._values[name].cache_clear()
+        for name in self._differing():
             if name not in self._values:
-                del self._names[name]
+                delattr(self._owner, name)
                 continue
-            self._names[name] = self._values[name]
+            setattr(self._owner, name, self._values[name])
             if name in self._contents:
                 _fill(self._values[name], self._contents[name])
 
 
-def _namespaces(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """The global variables of the files in which the classes of a user's module are written."""
-    for name in {kind.__module__ for kind in type(module).__mro__}:
-        if name.partition(".")[0] not in LIBRARIES and name in sys.modules:
-            yield vars(sys.modules[name])
+def files_of(*modules: nn.Module) -> list[ModuleType]:
+    """The files in which the classes of a user's modules are written."""
+    names = sorted({kind.__module__ for kind in _classes_of(*modules)})
+    return [sys.modules[name] for name in names if name in sys.modules]
+
+
+def _classes_of(*modules: nn.Module) -> list[type]:
+    """The classes of a user's modules, each once."""
+    found = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
+    return [kind for kind in found if kind.__module__.partition(".")[0] not in LIBRARIES]
 
 
 def _is_definition(name: str, value: Any) -> bool:
-    """Whether a global name is that of Python itself, or of a function, a class or a module."""
+    """Whether a name is that of Python itself, or of a function, a class or a module."""
     # fx puts functions of its own in the place of some of Python's, such as math.ceil.
     return name.startswith("__") or isinstance(value, (type, FunctionType, BuiltinFunctionType, ModuleType))
 

@@ -13,6 +13,7 @@ Four things differ from `torch.fx.symbolic_trace`.
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import traceback
 from collections import OrderedDict
@@ -36,6 +37,7 @@ from ..ops import NotLocal, functions, has_own_methods, rule_for
 from .arguments import Given, Parameters, Slot, is_constant, surroundings
 from .attributes import Held, held
 from .facts import Facts, UnknownFactError
+from .frames import compares_by_identity
 from .hooks import computed_weights, has_hooks, runs_own_hooks
 from .proxy import RecordingProxy, UnrecordedError
 from .rebuild import NotCopiedError, is_named_tuple, is_rebuilt, parts
@@ -260,7 +262,7 @@ class _Tracer(fx.Tracer):
         self.facts = Facts(dict(root.named_modules(remove_duplicate=False)), forms)
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             self.tensors.setdefault(id(tensor), (name, tensor))
-        with self._watched_flags(root), _noted(self.made), replaced_functions(self.create_proxy, self.recording):
+        with self._watched_flags(root), _noted(self.made), replaced_functions(root, self.create_proxy, self.recording):
             return super().trace(root, concrete_args)
 
     @contextmanager
@@ -293,6 +295,10 @@ class _Tracer(fx.Tracer):
             if self.freeze_batchnorm and issubclass(original, _BatchNorm):
                 self.frozen.add(path)
                 return False
+            if compares_by_identity(sys._getframe(2)):  # behind `attribute`
+                value: bool = module.__dict__["training"]
+                self.modes[path] = value
+                return value
             flag = self.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
             self.flags[flag.node] = (path, module.__dict__["training"])
             return flag
@@ -301,6 +307,8 @@ class _Tracer(fx.Tracer):
             module.__dict__["training"] = value
 
         def attribute(module: nn.Module, name: str) -> Any:
+            if name == "__class__":
+                return original
             value = original.__getattribute__(module, name)
             if self.recording() and name not in _OF_MODULES and not name.startswith("__"):
                 # A converted model does not always have the class attributes of the root, see `extended`.
