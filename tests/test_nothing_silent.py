@@ -577,6 +577,7 @@ class Required(nn.Module):
         (lambda y, scale: y * scale * len(f"{y}"), "what is in a tensor is known only at a call"),
         (lambda y, scale: y * scale * len(str([y])), "what is in a tensor is known only at a call"),
         (lambda y, scale: y * {"2.0": 3}.get(str(scale), 1), "nothing is known of the argument 'scale'"),
+        (lambda y, scale: y if scale.dtype is torch.half else y * 2, "compares the dtype of scale by 'is'"),
     ],
 )
 def test_what_is_not_known_while_tracing_is_refused(body: Callable[..., Any], message: str) -> None:

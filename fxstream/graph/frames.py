@@ -10,11 +10,16 @@ from bisect import bisect_right
 from functools import lru_cache
 from types import CodeType, FrameType
 
+_MOST_LOADS = 8
+"""The other operand of a comparison is a name with at most so many dots, or almost."""
+
 
 def compares_by_identity(frame: FrameType) -> bool:
-    """Whether a frame compares the attribute that it is reading by `is`."""
-    now, *following = _instructions(frame, 3)
-    return now.opname.startswith("LOAD_ATTR") and any(one.opname == "IS_OP" for one in following)
+    """Whether a frame compares the attribute that it is reading by `is`, at once or after loading the other operand."""
+    now, *following = _instructions(frame, _MOST_LOADS + 2)
+    if not now.opname.startswith("LOAD_ATTR"):
+        return False
+    return next((one.opname == "IS_OP" for one in following if not one.opname.startswith("LOAD_")), False)
 
 
 def reads_attribute(frame: FrameType, name: str) -> bool:

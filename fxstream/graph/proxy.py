@@ -15,7 +15,7 @@ from torch.fx.proxy import Proxy, TracerBase
 
 from ..ops import inplace
 from .facts import NotAcceptedError, UnknownFactError
-from .frames import reads_attribute
+from .frames import compares_by_identity, reads_attribute
 
 
 class UnrecordedError(Exception):
@@ -59,8 +59,10 @@ class RecordingProxy(Proxy):
         if name in ("dtype", "device"):
             try:
                 return getattr(self.tracer.facts, name)(self.node)
-            except UnknownFactError:
-                pass
+            except UnknownFactError as error:
+                if compares_by_identity(sys._getframe(1)):  # which would be false, whatever the value is
+                    what = f"it compares the {name} of {self.node.name} by 'is'"
+                    raise UnrecordedError(f"{what}, which is known only at a call ({error})") from None
         return RecordingProxy(self.tracer, of=(self, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
