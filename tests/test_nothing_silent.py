@@ -496,7 +496,12 @@ def _if_parameter(m: Any, y: torch.Tensor) -> torch.Tensor:
     return y * (5 if all(parameters) else 7)
 
 
-@pytest.mark.parametrize("body", [_if_tensor, _if_sizes, _of_type, _if_parameter])
+def _on_the_cpu(m: Any, y: torch.Tensor) -> torch.Tensor:
+    """On the meta device, where facts about it are computed, the answers would be others."""
+    return y * (5 if y.is_cpu and not y.is_meta and not y.is_cuda else 7)
+
+
+@pytest.mark.parametrize("body", [_if_tensor, _if_sizes, _of_type, _if_parameter, _on_the_cpu])
 @pytest.mark.parametrize("around", [nn.Identity, Around], ids=["the root", "a submodule"])
 def test_what_a_value_is(body: Any, around: Any) -> None:
     model = Trunk(body)
@@ -578,6 +583,8 @@ class Required(nn.Module):
         (lambda y, scale: y * scale * len(str([y])), "what is in a tensor is known only at a call"),
         (lambda y, scale: y * {"2.0": 3}.get(str(scale), 1), "nothing is known of the argument 'scale'"),
         (lambda y, scale: y if scale.dtype is torch.half else y * 2, "compares the dtype of scale by 'is'"),
+        (lambda y, scale: y if torch.strided is y.layout else y * 2, "compares the layout of conv by 'is'"),
+        (lambda y, scale: y if y.grad_fn is None else y * 2, "compares the grad_fn of conv by 'is'"),
     ],
 )
 def test_what_is_not_known_while_tracing_is_refused(body: Callable[..., Any], message: str) -> None:

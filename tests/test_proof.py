@@ -25,7 +25,7 @@ from fxstream.ops import Local, Sliding, fit
 
 def seen(x: Any) -> bool:
     """True in the model, and False while it is traced, where `x` is a proxy or a tensor without numbers."""
-    return type(x) is torch.Tensor and not x.is_meta
+    return not vars(x) and not x.is_meta
 
 
 class Named(OrderedDict[str, Any]):

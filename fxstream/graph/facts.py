@@ -13,16 +13,16 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..ops import inplace
 from .arguments import Form, Question, Unspecified
 from .nodes import leaves
 from .snapshot import Snapshot
 
-_OF_FORM = set("ndim dim ndimension is_cuda is_cpu is_meta is_floating_point is_complex element_size itemsize".split())
+_OF_FORM = set("ndim dim ndimension is_floating_point is_complex element_size itemsize".split())
 """Attributes and methods of a tensor, and functions of torch, whose results do not depend on its sizes."""
 _OF_SHAPE = set("shape size numel nelement nbytes broadcast_shapes".split())
 """The same, whose results depend on nothing but sizes and dtypes."""
-_ARITHMETIC = ("_operator", "builtins", "math", inplace.__name__)
+_OF_DEVICE = {f"is_{kind}": kind for kind in ("cpu", "cuda", "meta", "mps", "xpu", "mtia")}
+"""Attributes that tell whether a tensor is on a device -> the type of the device."""
 _MOVING = {"cpu": "cpu", "cuda": "cuda"}
 """Methods that move a tensor -> the device."""
 _META = torch.device("meta")
@@ -93,13 +93,10 @@ class Facts:
 
     def device(self, node: fx.Node) -> torch.device:
         """The device of a tensor."""
-        found = self._tensor(node)
-        if self._mode is not None:
-            self._devices[node] = {found.device}
-        if len(self._devices[node]) != 1:
-            raise UnknownFactError("its device is not known")
+        self._tensor(node)
+        found = self._device(node)
         self._note(Question.FORM)
-        return next(iter(self._devices[node]))
+        return found
 
     def length(self, node: fx.Node) -> int:
         """The number of parts of a value: of sizes, of a tuple or list, or of a tensor along its first dimension."""
@@ -124,6 +121,13 @@ class Facts:
     def _note(self, question: Question) -> None:
         # squeeze() drops the dimensions of size 1, so that even the number of dimensions depends on sizes.
         self.question = max(self.question, Question.SHAPE if question and self._squeezed else question)
+
+    def _device(self, node: fx.Node) -> torch.device:
+        if self._mode is not None:
+            self._devices[node] = {self._values[node].device}
+        if len(self._devices[node]) != 1:
+            raise UnknownFactError("its device is not known")
+        return next(iter(self._devices[node]))
 
     def _tensor(self, node: fx.Node) -> Any:
         found = self._value(node)
@@ -167,6 +171,9 @@ class Facts:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._values.__getitem__)
         if node.op == "call_module":
             return self._of_module(node, args, kwargs)
+        if node.target is getattr and node.args[1] in _OF_DEVICE and isinstance(args[0], torch.Tensor):
+            self._questions[node] = Question.FORM
+            return self._device(node.all_input_nodes[0]).type == _OF_DEVICE[args[1]]
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         args, kwargs = self._without_devices(node, name, args, kwargs)
         if node.op == "call_method":

@@ -19,7 +19,8 @@ def compares_by_identity(frame: FrameType) -> bool:
     now, *following = _instructions(frame, _MOST_LOADS + 2)
     if not now.opname.startswith("LOAD_ATTR"):
         return False
-    return next((one.opname == "IS_OP" for one in following if not one.opname.startswith("LOAD_")), False)
+    comparison = next((one.opname for one in following if not one.opname.startswith("LOAD_")), "")
+    return comparison == "IS_OP" or comparison.endswith("_NONE")
 
 
 def reads_attribute(frame: FrameType, name: str) -> bool:

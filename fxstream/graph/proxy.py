@@ -59,10 +59,11 @@ class RecordingProxy(Proxy):
         if name in ("dtype", "device"):
             try:
                 return getattr(self.tracer.facts, name)(self.node)
-            except UnknownFactError as error:
-                if compares_by_identity(sys._getframe(1)):  # which would be false, whatever the value is
-                    what = f"it compares the {name} of {self.node.name} by 'is'"
-                    raise UnrecordedError(f"{what}, which is known only at a call ({error})") from None
+            except UnknownFactError:
+                pass
+        # It would be false, whatever the value is.
+        if hasattr(torch.Tensor, name) and compares_by_identity(sys._getframe(1)):
+            raise UnrecordedError(f"it compares the {name} of {self.node.name} by 'is', which is known only at a call")
         return RecordingProxy(self.tracer, of=(self, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -120,8 +120,9 @@ class _Variables:
     def __init__(self, owner: Any):
         self._owner = owner
         self._values = self._now()
-        self._contents = {name: value.copy() for name, value in self._values.items() if isinstance(value, _CONTAINERS)}
-
+        self._contents = {
+            name: _copied(value) for name, value in self._values.items() if isinstance(value, _CONTAINERS)
+        }
         cached = ((name, value) for name, value in self._values.items() if isinstance(value, _CACHED))
         self._misses = {name: value.cache_info().misses for name, value in cached}
 
