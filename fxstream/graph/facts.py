@@ -171,9 +171,10 @@ class Facts:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._values.__getitem__)
         if node.op == "call_module":
             return self._of_module(node, args, kwargs)
-        if node.target is getattr and args[1] in _OF_DEVICE and isinstance(args[0], torch.Tensor):
+        kind = _OF_DEVICE.get(str(args[1])) if node.target is getattr else None
+        if kind is not None and isinstance(args[0], torch.Tensor):
             self._questions[node] = Question.FORM
-            return self._device(node.all_input_nodes[0]).type == _OF_DEVICE[args[1]]
+            return self._device(node.all_input_nodes[0]).type == kind
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         args, kwargs = self._without_devices(node, name, args, kwargs)
         if node.op == "call_method":
