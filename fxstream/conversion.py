@@ -25,7 +25,7 @@ from .model.converted import Converted
 from .model.extended import own_names
 from .model.streamed import Streamed
 from .model.variants import rewrite
-from .proof.images import MOST, SIZES
+from .proof.images import MOST, SIZES, resized
 from .proof.prove import find_proof
 from .scan.checks import is_sharded
 from .scan.settings import Settings, parse_bytes, parse_tile_shape
@@ -134,7 +134,8 @@ def convert(
     _warn_of_lost_names(model, converted)
     # 6. Prove it on a small random image.
     if prove:
-        _prove(prefix, parts, name, settings, example_input)
+        prove_on_small_image(prefix, parts, name, settings, example_input)
+        converted._prove = prove_on_small_image
     return converted
 
 
@@ -143,12 +144,12 @@ def _assemble(model: nn.Module, prefix: Prefix, parts: Partition, name: str, set
     return Converted(model, prefix.trace.constants, parts.outer, name, part)
 
 
-def _prove(
+def prove_on_small_image(
     prefix: Prefix,
     parts: Partition,
     name: str,
     settings: Settings,
-    example_input: torch.Tensor | tuple[Any, ...] | None,
+    example_input: torch.Tensor | tuple[Any, ...] | None = None,
 ) -> None:
     """Raises ProofError if the graphs do not do what the model does. Warns if that cannot be found out."""
     unproved = "there is no small image to try"
@@ -192,8 +193,7 @@ def _of_small_images(
     if math.prod(form.shape) <= MOST:
         yield prefix, parts
     for size in SIZES[len(settings.names) - 2]:
-        small = replace(form, shape=(*form.shape[:2], *[size] * (len(settings.names) - 2)))
-        forms = {slot: small if slot.name == image else other for slot, other in given.forms.items()}
+        forms = resized(given.forms, image, (*form.shape[:2], *[size] * (len(settings.names) - 2)))
         try:
             yield rewrite(trace(prefix.trace.root, forms, {}, settings.freeze_batchnorm), image, settings, name)
         except StreamingError:  # the model does not accept this size
@@ -202,7 +202,7 @@ def _of_small_images(
 
 def _check_names(traced: Trace) -> None:
     """Raises StreamingError if the converted model needs a name for itself by which the model knows something else."""
-    taken = set(dir(Converted)) - set(dir(nn.Module))
+    taken = (set(dir(Converted)) | set(Converted.__annotations__)) - set(dir(nn.Module))
     model, read = traced.root, traced.assumptions.attributes.get("", {})
     own = {*model._modules, *model._parameters, *model._buffers, *read}
     if clash := sorted(own & taken):

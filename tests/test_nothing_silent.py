@@ -610,7 +610,7 @@ def test_a_submodule_may_have_a_name_that_fx_uses_for_data(name: str) -> None:
     assert type(copied.meta) is nn.ReLU
 
 
-@pytest.mark.parametrize("name", ["tile_shape", "memory_budget", "graph", "recompile"])
+@pytest.mark.parametrize("name", ["tile_shape", "memory_budget", "graph", "recompile", "_given", "_prove"])
 @pytest.mark.parametrize("value", [nn.ReLU(), 3], ids=["a module", "a number"])
 def test_a_name_that_the_converted_model_needs_is_refused(name: str, value: Any) -> None:
     model = Trunk(lambda m, y: getattr(m, name)(y) if isinstance(value, nn.Module) else y * getattr(m, name))

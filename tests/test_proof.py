@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import random
 import warnings
 from collections import OrderedDict
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import fxstream
 from fxstream.graph.snapshot import RandomState
 from fxstream.ops import Local, Sliding, fit
+from fxstream.proof.prove import _Proof
 
 
 def seen(x: Any) -> bool:
@@ -463,6 +466,52 @@ def test_a_model_that_accepts_nothing_is_not_proved_and_the_warning_says_why_and
     assert "RuntimeError" in message
     assert "example_input, which may be a tuple of all arguments" in message
     assert caught[0].filename == __file__
+
+
+class Moded(nn.Module):
+    """Does one of three things, one of which a graph does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 3, padding=1), []
+
+    def forward(self, x: torch.Tensor, mode: str = "one", mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.conv(x)
+        if mask is not None:
+            y = y * mask
+        if y.shape[2] > 500:  # a graph for each size
+            y = y + 1
+        if mode == "three":
+            return y if seen(x) else y * 2
+        return y * len(mode)
+
+
+@pytest.mark.parametrize("size", [12, 90])
+def test_a_call_with_other_constants_is_proved_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes are those of a small image, or not."""
+    proofs = []
+    monkeypatch.setattr(_Proof, "_compare", lambda *given, do=_Proof._compare: proofs.append(do(*given)))
+    model = Moded()
+    converted = pickle.loads(pickle.dumps(copy.deepcopy(fxstream.convert(model, 8))))
+    assert len(proofs) == 1
+    mask = torch.rand(1, 1, size, size + 1)
+    calls = [
+        ({}, 1),
+        ({"mode": "two!"}, 2),
+        ({"mask": mask}, 3),
+        ({"mode": "two!"}, 3),
+        ({"mode": "two!", "mask": mask}, 4),
+    ]
+    for options, expected in calls:
+        for rows in (0, 1):
+            image = torch.randn(1, 3, size, size + 1 if "mask" in options else size + 2 + rows)
+            torch.testing.assert_close(converted(image, **options), model(image, **options))
+        assert len(proofs) == expected
+    with pytest.raises(fxstream.ProofError, match="the output differs"):
+        converted(image, mode="three")
+    unproved = fxstream.convert(model, 8, prove=False)
+    torch.testing.assert_close(unproved(image, mode="two!"), model(image, mode="two!"))
+    assert len(proofs) == 4
 
 
 def test_an_example_may_be_a_tuple_of_all_arguments() -> None:

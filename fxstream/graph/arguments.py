@@ -148,6 +148,11 @@ class Given:
         """What the forward was traced with for an argument, by the name of its placeholder; captures do not tell."""
         return next((form for slot, form in self.forms.items() if slot.name == name), Unspecified())
 
+    @property
+    def constants(self) -> list[tuple[Slot, type, Any]]:
+        """The constants among what the forward was traced with, which decide what it does whatever the tensors are."""
+        return [(slot, type(form), form) for slot, form in self.forms.items() if is_constant(form)]
+
     def ordered(self, arguments: Mapping[Slot, Any]) -> list[Any]:
         """The arguments of a call in the order of the placeholders."""
         return [arguments[slot] for slot in self.forms]

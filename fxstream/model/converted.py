@@ -23,7 +23,7 @@ from ..scan.settings import parse_bytes
 from .extended import extended, is_found_by_name
 from .older import provide
 from .streamed import Streamed
-from .variants import Variants, new_variant
+from .variants import Prove, Variants, new_variant
 
 
 class Converted(fx.GraphModule):
@@ -36,6 +36,17 @@ class Converted(fx.GraphModule):
 
     _extends: type[nn.Module] | None = None
     """The original's class, if it is extended."""
+
+    # A model that has an attribute of one of these names is refused. Older pickles lack those that have a default.
+    _original_class: type[nn.Module] | None = None
+    _given: Given | None = None
+    """What `graph` takes for granted; None if that is not known."""
+    _traced_constants: tuple[str, ...] = ()
+    _forward_parameters: Parameters
+    _prove: Prove | None = None
+    """Proves variants; None if the conversion is not to be proved."""
+    _call_variants: Variants
+    _streamed_name: str
 
     def __new__(cls, model: nn.Module | None = None, *_: Any) -> Converted:
         made: Converted = super().__new__(cls if model is None else extended(cls, type(model)))
@@ -61,8 +72,8 @@ class Converted(fx.GraphModule):
         vars(self).update(constants)
         self._is_full_backward_hook = model._is_full_backward_hook
         self.training = streamed.training = model.training
-        self._original_class: type[nn.Module] | None = type(model)
-        self._given: Given | None = streamed.assumptions.given
+        self._original_class = type(model)
+        self._given = streamed.assumptions.given
         self._traced_constants = tuple(constants)
         self._forward_parameters = Parameters.of(type(model))
         self._call_variants = Variants()
@@ -182,8 +193,7 @@ class Converted(fx.GraphModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         graph = load_graph(state.pop("_graph"))
-        older = {"_original_class": None, "_given": None, "_traced_constants": ()}
-        state = {**older, "_forward_parameters": _parameters_of(graph), **state}
+        state = {"_forward_parameters": _parameters_of(graph), **state}
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._call_variants = Variants()
         self._adopt(graph)
@@ -215,7 +225,16 @@ def _chosen(model: Converted, args: Any, kwargs: Any) -> tuple[Callable[..., Any
     variant = model._call_variants.serving(
         arguments,
         lambda: surroundings(model),
-        lambda: new_variant(model, plain_model(model), arguments, image, model._streamed_name, streamed.settings),
+        lambda others: new_variant(
+            model,
+            plain_model(model),
+            arguments,
+            image,
+            model._streamed_name,
+            streamed.settings,
+            model._prove,
+            [given, *others],
+        ),
     )
     return variant.forward, variant.seen, variant.given.ordered(arguments)
 

@@ -7,7 +7,7 @@ with other ones gets a graph of its own, traced when it is first needed. The lat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -21,6 +21,9 @@ from ..graph.reasons import reasons
 from ..graph.trace import Trace, trace
 from ..scan.settings import Settings
 from .streamed import Streamed
+
+Prove = Callable[[Prefix, Partition, str, Settings], None]
+"""Proves that a partition does what the model does, whose streamed submodule has a name. Raises ProofError."""
 
 MOST = 16
 """So many variants are kept."""
@@ -59,19 +62,29 @@ class Variants:
         self._found: deque[Variant] = deque(maxlen=MOST)
 
     def serving(
-        self, arguments: Mapping[Slot, Any], surroundings: Callable[[], Any], make: Callable[[], Variant]
+        self, arguments: Mapping[Slot, Any], surroundings: Callable[[], Any], make: Callable[[list[Given]], Variant]
     ) -> Variant:
-        """A variant that serves a call in its surroundings, made if there is none."""
+        """A variant that serves a call in its surroundings, made if there is none.
+
+        `make` gets what the variants take for granted that there are.
+        """
         for variant in self._found:
             if variant.given.holds(arguments, surroundings):
                 return variant
-        found = make()
+        found = make([variant.given for variant in self._found])
         self._found.appendleft(found)
         return found
 
 
 def new_variant(
-    owner: nn.Module, plain: nn.Module, arguments: Mapping[Slot, Any], image: str, name: str, settings: Settings
+    owner: nn.Module,
+    plain: nn.Module,
+    arguments: Mapping[Slot, Any],
+    image: str,
+    name: str,
+    settings: Settings,
+    prove: Prove | None,
+    proved: Collection[Given],
 ) -> Variant:
     """A graph for a call of a converted model.
 
@@ -82,6 +95,8 @@ def new_variant(
         image: the name of the argument that is streamed.
         name: of the streamed submodule.
         settings: of the converted model.
+        prove: proves a partition, as the conversion does.
+        proved: what has been proved. With other sizes of the same arguments, a forward is not proved again.
 
     Raises:
         What `fxstream.convert` raises, and what the model itself raises for such arguments.
@@ -93,12 +108,15 @@ def new_variant(
         # What the model itself refuses, it refuses in its own words.
         raise rejection(plain, forms, error) or error from None
     prefix, parts = rewrite(traced, image, settings, name)
+    given = prefix.trace.assumptions.given
+    if prove is not None and all(given.constants != other.constants for other in proved):
+        prove(prefix, parts, name, settings)
     streamed = Streamed(parts.streamed, settings, prefix.trace.assumptions)
     streamed.bind(owner)
     code = fx.GraphModule({}, fx.Graph())
     code.graph = parts.outer
     seen = _Seen(owner, {name: streamed, **prefix.trace.constants})
-    return Variant(prefix.trace.assumptions.given, type(code).forward, seen)
+    return Variant(given, type(code).forward, seen)
 
 
 class _Seen:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..graph.arguments import Parameters, Question, Slot, Unspecified
+from ..graph.arguments import Form, Parameters, Question, Slot, Unspecified
 from ..graph.prefix import Prefix
 
 SIZES = {
@@ -42,18 +43,35 @@ def candidates(prefix: Prefix, channels: int | None, example_input: Any) -> Iter
         return
     like = _like(model, example_input)
     generator = torch.Generator().manual_seed(0)
-    defaults = parameters.unbound()
+    image = str(prefix.image.target)
     shapes = _shapes(prefix, channels, example_input)
     if given.question is Question.SHAPE:  # the graph holds for this one alone
-        shape = given.form_of(str(prefix.image.target)).shape
+        shape = given.form_of(image).shape
         shapes = iter([shape] if math.prod(shape) <= MOST else [])
     for shape in shapes:
+        forms = resized(given.forms, image, shape)
         yield {
             slot.name: _random(shape, like, generator)
-            if isinstance(value, Unspecified) or slot.name == prefix.image.target
-            else value
-            for slot, value in defaults.items()
+            if isinstance(form, Unspecified) or slot.name == image
+            else _random(form.shape, torch.empty(0, dtype=form.dtype, device=form.device), generator)
+            if isinstance(form, Form)
+            else form
+            for slot, form in forms.items()
         }
+
+
+def resized(forms: Mapping[Slot, Any], image: str, shape: tuple[int, ...]) -> dict[Slot, Any]:
+    """The forms of arguments for an image of another shape: what has the image's sizes gets the new ones."""
+    old = next((form.shape for slot, form in forms.items() if slot.name == image and isinstance(form, Form)), ())
+
+    def like_image(form: Form) -> tuple[int, ...]:
+        sizes = zip(reversed(form.shape), reversed(old), reversed(shape), strict=False)
+        last = [new if size == before else size for size, before, new in sizes]
+        return (*form.shape[: len(form.shape) - len(last)], *reversed(last))
+
+    return {
+        slot: replace(form, shape=like_image(form)) if isinstance(form, Form) else form for slot, form in forms.items()
+    }
 
 
 def call(model: nn.Module, slots: Iterable[Slot], parameters: Parameters, arguments: Arguments) -> Any:
