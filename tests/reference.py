@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,6 +40,24 @@ class Body(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.body(self, x)
+
+
+def each_once(**values: Iterable[Any]) -> pytest.MarkDecorator:
+    """A test of all combinations of the values of some parameters. Those that only repeat values are slow tests."""
+    lists = [list(one) for one in values.values()]
+    first = {tuple(index % len(one) for one in lists) for index in range(max(map(len, lists)))}
+    combinations = [
+        pytest.param(
+            *(one[index] for one, index in zip(lists, indices, strict=True)),
+            marks=() if indices in first else pytest.mark.slow,
+        )
+        for indices in product(*(range(len(one)) for one in lists))
+    ]
+    return pytest.mark.parametrize(tuple(values), combinations, ids=_short)
+
+
+def _short(value: Any) -> str:
+    return str(getattr(value, "__name__", value))
 
 
 def pair(model: nn.Module, tile_shape: Any, **convert_kwargs: Any) -> tuple[nn.Module, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from reference import assert_exact, handed_over
+from reference import assert_exact, each_once, handed_over
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.efficientnet import EfficientNet, _efficientnet_conf
@@ -235,8 +235,7 @@ def peak(model: nn.Module, images: torch.Tensor) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("image_grad", [False, True])
-@pytest.mark.parametrize("name", ["vit", "resnet with group norm", "swin"])
+@each_once(image_grad=[False, True], name=["vit", "resnet with group norm", "swin"])
 def test_peak_memory_is_that_of_a_chunk(name: str, image_grad: bool) -> None:
     model, size, chunk = bag_model(name), ENCODERS[name][1], 32
     converted = fxstream.convert(model, (chunk, None, None, None))

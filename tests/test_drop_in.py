@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from reference import Shapes, assert_close, gradients, pair
+from reference import Shapes, assert_close, each_once, gradients, pair
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -106,10 +106,7 @@ def through_a_file(model: Any) -> Any:
 COPIES: list[Callable[[Any], Any]] = [lambda model: model, copy.deepcopy, through_pickle, through_a_file]
 
 
-@pytest.mark.parametrize("duplicate", COPIES, ids=["itself", "deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize(
-    "build", [Net, lambda: torchvision.models.googlenet(init_weights=False)], ids=["net", "googlenet"]
-)
+@each_once(duplicate=COPIES, build=[Net, lambda: torchvision.models.googlenet(init_weights=False)])
 def test_the_module_tree_is_the_originals(build: Callable[[], nn.Module], duplicate: Callable[[Any], Any]) -> None:
     original = build().eval()
     converted = duplicate(fxstream.convert(original, (32, 40)))

@@ -117,7 +117,9 @@ class Counted:
 
 
 @pytest.mark.filterwarnings("ignore::fxstream.StreamingWarning")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("resnet18", "mobilenet_v2") else n for n in MODELS]
+)
 def test_what_a_training_step_takes(name: str) -> None:
     build, shape, tile = MODELS[name]
     model = build().train(name == "dropout")

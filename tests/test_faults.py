@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Replayed, assert_close, gradients, image, live_bytes, pair, randomise
+from reference import Replayed, assert_close, each_once, gradients, image, live_bytes, pair, randomise
 from torch import nn
 
 import fxstream
@@ -114,11 +114,11 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     ("what", "at", "error", "autocast"),
     [
         ("forward", 1, torch.OutOfMemoryError, False),
-        ("forward", TILES, KeyboardInterrupt, True),
         ("recompute", TILES, KeyboardInterrupt, True),
-        ("recompute", 2 * TILES, torch.OutOfMemoryError, False),
-        ("hook", 1, torch.OutOfMemoryError, False),
         ("hook", TILES, KeyboardInterrupt, True),
+        pytest.param("forward", TILES, KeyboardInterrupt, True, marks=pytest.mark.slow),
+        pytest.param("recompute", 2 * TILES, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
+        pytest.param("hook", 1, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
         pytest.param("forward", 2 * TILES, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
         pytest.param("recompute", 1, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
         pytest.param("hook", 2 * TILES, torch.OutOfMemoryError, False, marks=pytest.mark.slow),
@@ -235,8 +235,7 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
 }
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@each_once(layers=LAYERS, value=[torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_passes_as_in_the_plain_model(value: float, layers: str) -> None:
     plain, converted = pair(randomise(Sensitive(*LAYERS[layers]())).double().eval(), 7)
     pixels = image()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Allocations, Body, assert_close, assert_exact, flops, gradients, image, pair, randomise
+from reference import Allocations, Body, assert_close, assert_exact, each_once, flops, gradients, image, pair, randomise
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -127,8 +127,7 @@ def test_saliency_costs_no_gradients_of_weights(leaf: bool) -> None:
     assert_no_waste(lambda model: saliency(model, False))
 
 
-@pytest.mark.parametrize("image_grad", [False, True])
-@pytest.mark.parametrize("name", PARAMETERS)
+@each_once(image_grad=[False, True], name=PARAMETERS)
 def test_backward_for_one_parameter_gives_and_costs_no_others(name: str, image_grad: bool) -> None:
     def use(model: nn.Module) -> Found:
         leaf = image().requires_grad_(image_grad)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_close, assert_exact, counts, handed_over, pair
+from reference import assert_close, assert_exact, counts, each_once, handed_over, pair
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -248,8 +248,7 @@ def assert_same_results(model: nn.Module, converted: nn.Module, other: Any) -> N
     assert_close(results(converted, image, other), results(model, image, other))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("name", CONDITIONED)
+@each_once(tile=TILES, name=CONDITIONED)
 def test_a_second_input(name: str, tile: Any) -> None:
     body, other, _ = CONDITIONED[name]
     model, converted = pair(Conditioned(body).double(), tile)

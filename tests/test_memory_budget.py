@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from reference import flops
+from reference import each_once, flops
 from torch import nn
 
 import fxstream
@@ -51,15 +51,7 @@ def test_what_it_may_not_be(wrong: Any) -> None:
         fxstream.convert(resnet(), 64, memory_budget=wrong, prove=False)
 
 
-@pytest.mark.parametrize(
-    ("tile", "budget"),
-    [(48, "1MB"), (48, "8MB"), (48, "1GiB"), ((None, 64), "8MB"), (300, "1MB"), (300, "1GiB")]
-    + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (((None, 64), "1MB"), ((None, 64), "1GiB"), (300, "8MB"))
-    ],
-    ids=str,
-)
+@each_once(tile=[48, (None, 64), 300], budget=["1MB", "8MB", "1GiB"])
 def test_with_a_budget_a_step_is_as_exact(budget: str, tile: Any) -> None:
     model = resnet().double()
     compare(model, fxstream.convert(copy.deepcopy(model), tile, memory_budget=budget, prove=False), torch.randn(SIZE))

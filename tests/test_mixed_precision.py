@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Shapes, assert_close, gradients, pair, randomise
+from reference import Shapes, assert_close, each_once, gradients, pair, randomise
 from torch import nn
 
 import fxstream
@@ -114,8 +114,7 @@ REGIONS: list[Region] = [
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("around", [[], [(BF16, True)], [(FP16, True)], [(BF16, True), (BF16, False)]], ids=str)
-@pytest.mark.parametrize("region", REGIONS, ids=str)
+@each_once(around=[[], [(BF16, True)], [(FP16, True)], [(BF16, True), (BF16, False)]], region=REGIONS)
 def test_tiles_are_computed_again_in_the_regions_of_the_forward(region: Region, around: Region, device: str) -> None:
     image = torch.randn(1, 3, 41, 33, device=device)
     found = []

@@ -37,9 +37,6 @@ FAMILIES: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
     ("squeezenet1_0", (3, 101, 67), 32, "classifier_3"),
     ("squeezenet1_1", (1, 129, 64), 128, "classifier_3"),
     ("resnet18", (3, 131, 97), 32, "avgpool"),
-    ("resnet18", (1, 257, 163), 256, "avgpool"),
-    ("resnet18", (1, 211, 300), 512, "avgpool"),
-    ("resnet50", (1, 65, 131), 64, "avgpool"),
     ("densenet121", (1, 97, 71), 64, "adaptive_avg_pool2d"),
     ("mobilenet_v2", (3, 103, 65), (3, 3, 64, 32), "adaptive_avg_pool2d"),
     ("mnasnet0_5", (3, 97, 131), (1, None, 32, 64), "mean"),
@@ -51,6 +48,9 @@ SIBLINGS: list[tuple[str, tuple[int, int, int], Any, str | list[str]]] = [
     ("vgg16", (1, 67, 33), 32, "features_30"),
     ("resnet34", (1, 127, 33), (32, None), "avgpool"),
     ("resnext50_32x4d", (1, 97, 61), 48, "avgpool"),
+    ("resnet18", (1, 211, 300), 512, "avgpool"),
+    ("resnet50", (1, 65, 131), 64, "avgpool"),
+    ("resnet18", (1, 257, 163), 256, "avgpool"),
     ("wide_resnet50_2", (1, 61, 37), 32, "avgpool"),
     ("densenet169", (1, 67, 65), (32, 64), "adaptive_avg_pool2d"),
     ("mnasnet1_0", (1, 67, 97), 33, "mean"),
@@ -193,7 +193,7 @@ def test_frozen_batch_norm_of_torchvision() -> None:
     assert_exact(model, (1, 3, 97, 131), 64, last="avgpool")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), (7, 200)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (33, 1), pytest.param((7, 200), marks=pytest.mark.slow)])
 def test_images_of_a_row_or_a_pixel(size: tuple[int, int]) -> None:
     assert_exact(build("resnet18"), (1, 3, *size), 32, last="avgpool")
 
@@ -396,8 +396,10 @@ def test_dense_prediction(name: str, tile: Any, size: tuple[int, int]) -> None:
         assert_exact(PlainDict(normed(build())), (1, 3, *size), tile, last=last)
 
 
-# Along the batch, deeplab has nothing that fcn and lraspp have not.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deeplab" else n for n in DENSE])
+# Along the batch, deeplab and fcn have nothing that the smaller ones have not.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("deeplab", "fcn") else name for name in DENSE]
+)
 def test_dense_prediction_along_the_batch(name: str) -> None:
     build, _, last, _ = DENSE[name]
     assert_exact(PlainDict(normed(build())), (3, 3, 17, 23), (2, None, None, None), last=last)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Body, assert_exact, image, pair
+from reference import Body, assert_exact, each_once, image, pair
 from torch import nn
 
 import fxstream
@@ -151,8 +151,7 @@ def random(shape: tuple[int, ...]) -> torch.Tensor:
 SHAPES = [(1, 3, 21, 18), (2, 3, 16, 24), (1, 3, 13, 13), (1, 3, 16, 24)]
 
 
-@pytest.mark.parametrize("example", [True, False], ids=["example", "guess"])
-@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+@each_once(example=[True, False], body=BODIES)
 def test_questions_are_answered_for_every_size_and_dtype(body: Callable[..., Any], example: bool) -> None:
     plain, converted = pair(net(body, pool=nn.MaxPool2d(2)), 8, **_example(example))
     for shape in SHAPES:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from reference import each_once
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -240,8 +241,7 @@ def convolution(text: str, resolution: int) -> nn.Module:
     return nn.Sequential(nn.ZeroPad2d((across // 2, -(-across // 2), down // 2, -(-down // 2))), conv)
 
 
-@pytest.mark.parametrize("resolution", [224, 321])
-@pytest.mark.parametrize("name", SLIM)
+@each_once(resolution=[224, 321], name=SLIM)
 def test_published_fields_of_networks_of_slim(name: str, resolution: int) -> None:
     model = nn.Sequential()
     expected: dict[str, Row] = {}

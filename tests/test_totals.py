@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import reduce
-from reference import assert_exact, handed_over
+from reference import assert_exact, each_once, handed_over
 from torch import nn
 
 import fxstream
@@ -78,8 +78,7 @@ REDUCTIONS: dict[str, Operation] = {
 }
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("name", REDUCTIONS)
+@each_once(tile=TILES, name=REDUCTIONS)
 def test_reductions_are_exact_and_nothing_whole_is_handed_over(name: str, tile: Any) -> None:
     converted = fxstream.convert(Net(REDUCTIONS[name]).double(), tile, prove=False)
     converted = assert_exact(Net(REDUCTIONS[name]), (4, 3, 19, 23), tile, last=handed_over(converted))

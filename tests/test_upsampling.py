@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Body, assert_exact, randomise
+from reference import Body, assert_exact, each_once, randomise
 from torch import nn
 
 import fxstream
@@ -142,13 +142,12 @@ UPSAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("size", "tile"),
-    [((67, 53), 7), ((67, 53), (32, None)), ((31, 37), (1, 3, 24, 5)), ((41, 23), (2, None, None, None))],
-    ids=str,
+@each_once(
+    size_tile=[((67, 53), 7), ((67, 53), (32, None)), ((31, 37), (1, 3, 24, 5)), ((41, 23), (2, None, None, None))],
+    up=UPSAMPLINGS,
 )
-@pytest.mark.parametrize("up", UPSAMPLINGS)
-def test_unet_of_resampling_streams_whole_on_odd_sizes(up: str, size: tuple[int, int], tile: Any) -> None:
+def test_unet_of_resampling_streams_whole_on_odd_sizes(up: str, size_tile: tuple[tuple[int, int], Any]) -> None:
+    size, tile = size_tile
     assert_exact(randomise(ResampledUNet(UPSAMPLINGS[up])).eval(), (3, 3, *size), tile, whole=True)
 
 
@@ -203,8 +202,7 @@ SUPER_RESOLUTION: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("tile", [5, (None, 11), (1, 3, 8, None), (2, None, None, None)], ids=str)
-@pytest.mark.parametrize("name", SUPER_RESOLUTION)
+@each_once(tile=[5, (None, 11), (1, 3, 8, None), (2, None, None, None)], name=SUPER_RESOLUTION)
 def test_super_resolution(name: str, tile: Any) -> None:
     assert_exact(randomise(SUPER_RESOLUTION[name]()), (3, 3, 17, 19), tile, whole=True)
 

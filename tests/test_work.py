@@ -39,7 +39,7 @@ def dense() -> nn.Module:
     [
         pytest.param(bottlenecks, 64, (131, 97), id="bottlenecks-64"),
         pytest.param(partial(trunk, "resnet18"), 32, (131, 67), id="resnet18-32"),
-        pytest.param(partial(trunk, "resnet18"), 100, (203, 161), id="resnet18-100"),
+        pytest.param(partial(trunk, "resnet18"), 100, (203, 161), id="resnet18-100", marks=pytest.mark.slow),
         pytest.param(dense, 64, (131, 97), id="dense-64"),
         pytest.param(partial(trunk, "resnet50"), 64, (203, 161), id="resnet50-64", marks=pytest.mark.slow),
         pytest.param(partial(trunk, "resnet18"), 32, (203, 161), id="resnet18-32-larger", marks=pytest.mark.slow),
@@ -90,7 +90,7 @@ def largest_allocation(model: nn.Module, size: tuple[int, int], image_grad: bool
     return max(nbytes for shape, nbytes in allocations.largest.items() if shape not in aside)
 
 
-@pytest.mark.parametrize("image_grad", [False, True])
+@pytest.mark.parametrize("image_grad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_largest_tensor_depends_on_the_tile_and_not_on_the_image(image_grad: bool) -> None:
     model = torchvision.models.mobilenet_v2(width_mult=0.25).features[:5].eval()
     converted = fxstream.convert(model, 64, prove=False)
