@@ -34,6 +34,7 @@ def bench(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((folder / "bench.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_streamed_case_is_counted() -> None:
     case = {"model": "notebook", "size": 96, "mode": "training", "way": "fxstream", "tile": 32}
     counted = json.loads(python("measure.py", "counted", json.dumps(case)))

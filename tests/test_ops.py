@@ -1414,7 +1414,10 @@ CASES = [
     *PRODUCT_CASES,
     *OTHER_CASES,
     *CAST_CASES,
-    *ELEMENTWISE_CASES,
+    *(
+        replace(case, marks=(*case.marks, pytest.mark.slow)) if index % 3 else case
+        for index, case in enumerate(ELEMENTWISE_CASES)  # the slow ones have the same rule
+    ),
     *ACTIVATION_CASES,
 ]
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import fxstream
 
 EXAMPLES = int(os.environ.get("FXSTREAM_EXAMPLES", "2000"))
-QUICK = 15
+QUICK = 10
 PARTS = 4
 TOLERANCE = 1e-9
 VANISHING = 1e-2

@@ -226,19 +226,19 @@ def check(plan: Plan) -> None:
         assert (stored <= 1).all()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(plan=one_axis)
 def test_tiles_of_one_axis_compute_every_position_once_from_what_is_there(plan: Plan) -> None:
     check(plan)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plan=plans(axes=2, largest=18, values=6))
 def test_tiles_of_two_axes_compute_every_position_once_from_what_is_there(plan: Plan) -> None:
     check(plan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(plan=plans(axes=3, largest=6, values=4))
 def test_tiles_of_three_axes_compute_every_position_once_from_what_is_there(plan: Plan) -> None:
     check(plan)
@@ -275,7 +275,7 @@ def rows_read(graph: AxisGraph, axis: Axis, value: int, steps: range) -> list[tu
     return [(step, spans[edge]) for step, spans, edge in runs if spans is not None]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plan=one_axis)
 def test_frontiers_advance_to_the_end_and_no_step_is_idle(plan: Plan) -> None:
     (axis,) = plan.axes()
@@ -288,7 +288,7 @@ def test_frontiers_advance_to_the_end_and_no_step_is_idle(plan: Plan) -> None:
         assert any(rows[step] < rows[step + 1] for rows in axis.frontier)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(size=st.integers(1, 200), tile=st.integers(1, 220))
 def test_the_image_enters_in_the_fewest_steps_that_the_tile_allows_and_in_equal_ones(size: int, tile: int) -> None:
     axis = schedule(((), ((0, Sliding(9)),)) if size >= 9 else ((), ((0, IDENTITY),)), size, tile)
@@ -300,7 +300,7 @@ def test_the_image_enters_in_the_fewest_steps_that_the_tile_allows_and_in_equal_
     assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plan=one_axis)
 def test_the_image_block_is_never_larger_than_the_tile(plan: Plan) -> None:
     (axis,) = plan.axes()
@@ -308,7 +308,7 @@ def test_the_image_block_is_never_larger_than_the_tile(plan: Plan) -> None:
     assert all(after - before <= plan.tiles[0] for before, after in pairwise(rows))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plan=one_axis)
 def test_the_first_row_of_a_carry_is_the_first_that_a_reader_still_to_run_reads(plan: Plan) -> None:
     (axis,), (graph,) = plan.axes(), plan.graphs
@@ -320,7 +320,7 @@ def test_the_first_row_of_a_carry_is_the_first_that_a_reader_still_to_run_reads(
             assert tail == min([frontier, *(span.lo for _, span in later)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plan=one_axis)
 def test_a_read_lies_within_what_is_carried_and_fresh(plan: Plan) -> None:
     (axis,), (graph,) = plan.axes(), plan.graphs
@@ -329,7 +329,7 @@ def test_a_read_lies_within_what_is_carried_and_fresh(plan: Plan) -> None:
             assert axis.tail[value][step] <= span.lo < span.hi <= axis.frontier[value][step + 1]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(plan=one_axis)
 def test_a_piece_expires_with_the_last_step_that_reads_back_into_it(plan: Plan) -> None:
     (axis,), (graph,) = plan.axes(), plan.graphs
@@ -371,7 +371,7 @@ def kept(grid: Grid, value: int) -> int:
     return sum(prod(rows.stop - rows.start for rows in piece) for layout in layouts for _, piece in layout.keeps)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plan=plans(axes=2, largest=18, values=6))
 def test_what_is_carried_is_counted_without_its_pieces(plan: Plan) -> None:
     grid = Grid(plan.axes())

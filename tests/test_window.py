@@ -130,19 +130,19 @@ def window_size(window: Sliding, length: int) -> int | None:
         return None
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=750, deadline=None)
 @given(window=padded_windows(), length=lengths)
 def test_size_of_a_padded_convolution_is_torchs_and_fails_where_torch_does(window: Sliding, length: int) -> None:
     assert window_size(window, length) == torch_size(window, length)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=750, deadline=None)
 @given(window=pooling_windows(), length=lengths)
 def test_size_of_a_pooling_is_torchs_and_fails_where_torch_does(window: Sliding, length: int) -> None:
     assert pooled_sizes(window, length) == {window_size(window, length)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(start=st.integers(0, 9), cut=st.integers(0, 9), step=st.integers(1, 5), length=lengths)
 def test_a_crop_is_a_slice(start: int, cut: int, step: int, length: int) -> None:
     window = Sliding(stride=step, before=-start, after=-cut)
@@ -154,7 +154,7 @@ def test_a_crop_is_a_slice(start: int, cut: int, step: int, length: int) -> None
         assert range(length)[span.lo : span.hi] == range(expected, expected + 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(start=st.integers(0, 9), step=st.integers(1, 5), count=st.integers(1, 6), spare=st.integers(0, 5))
 def test_rows_that_are_placed_are_read_where_they_are_written(start: int, step: int, count: int, spare: int) -> None:
     target = start + (count - 1) * step + 1 + spare
@@ -175,7 +175,7 @@ def test_rows_that_are_placed_are_read_where_they_are_written(start: int, step: 
         window.size(count + 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(kernel=st.integers(1, 5), step=st.integers(1, 5), dilation=st.integers(1, 3), length=st.integers(1, 40))
 def test_same_padding_is_the_least_one_with_a_row_for_every_step(
     kernel: int, step: int, dilation: int, length: int
@@ -209,7 +209,7 @@ def test_a_kernel_larger_than_the_padded_image_is_refused_with_the_numbers() -> 
 # Spans.
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(before=paddings, after=paddings, border=st.sampled_from(BORDERS), length=lengths)
 def test_the_reference_pads_as_torch_does(before: int, after: int, border: Border, length: int) -> None:
     image = torch.arange(1, length + 1, dtype=torch.float64).view(1, 1, -1)
@@ -232,7 +232,7 @@ def under_the_windows(span: Span, border: Border) -> list[int | None]:
     return extended[span.trim[0] : len(extended) - span.trim[1]]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(window=windows, length=lengths)
 def test_a_span_padded_and_trimmed_gives_the_rows_under_the_windows(window: Sliding, length: int) -> None:
     size = len(all_needed(window, length))
@@ -246,7 +246,7 @@ def test_a_span_padded_and_trimmed_gives_the_rows_under_the_windows(window: Slid
             assert under_the_windows(span, window.border) == [source(p, length, window.border) for p in covered]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(window=windows, length=lengths)
 def test_a_span_is_the_tightest_monotone_hull(window: Sliding, length: int) -> None:
     rows = all_needed(window, length)
@@ -257,7 +257,7 @@ def test_a_span_is_the_tightest_monotone_hull(window: Sliding, length: int) -> N
             assert span.hi == max(map(max, rows[:stop])) + 1, f"outputs before {stop}"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(window=windows, length=lengths)
 def test_spans_move_only_forwards(window: Sliding, length: int) -> None:
     spans = [window.span(row, row + 1, length) for row in range(len(all_needed(window, length)))]
@@ -297,7 +297,7 @@ def test_spans_worked_out_by_hand(window: Sliding, rows: tuple[int, int], length
 # Readiness.
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(window=windows, length=lengths)
 def test_ready_counts_the_rows_whose_needs_are_there(window: Sliding, length: int) -> None:
     rows = all_needed(window, length)

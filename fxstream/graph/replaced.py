@@ -6,6 +6,7 @@ import builtins
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,8 @@ def replaced_functions(root: nn.Module, record: Callable[..., Proxy], recording:
     """
     with torch.device("meta"):
         torch.empty(0)  # fills a cache that torch has of its functions, before they are replaced
+    # It lists Python's functions when it is imported, which batch norm on the meta device or the forward may cause.
+    import_module("torch._dynamo")
     factories = _Factories([getattr(torch, name) for name in _FACTORIES], record)
     replacements: list[tuple[Any, str, Callable[[Any], Any]]] = [
         *((torch, name, factories.instead_of) for name in _FACTORIES),
