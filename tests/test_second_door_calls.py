@@ -402,3 +402,23 @@ def test_the_backend_has_a_name(tmp_path: Path) -> None:
         env={"PYTHONPATH": f"{tmp_path}:{Path(fxstream.__file__).parents[1]}"},
     )
     assert done.stdout.startswith("refused the backend fxstream needs options"), done.stderr
+
+
+def test_a_conversion_leaves_the_compiler_of_torch_as_it_is() -> None:
+    """It lists the functions of Python when it is imported, some of which are replaced while a model is traced."""
+    code = """if True:
+        import sys, torch, fxstream
+        from torch import nn
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
+            def forward(self, x):
+                y = self.norm(self.conv(x))
+                return y * 2 if isinstance(y.shape[2], int) else y
+        assert "torch._dynamo" not in sys.modules
+        fxstream.convert(Net(), 8)
+        assert torch._dynamo.trace_rules.is_builtin_callable(isinstance)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
