@@ -321,8 +321,7 @@ def main() -> None:
         found = []
         for entry in entries:
             found.append(row(entry))
-            if part:
-                print(" | ".join(found[-1]), flush=True)
+            print(" | ".join(found[-1]), flush=True)
         rows += found
         text += f"\n## {package} {version(package)}\n\n"
         text += tabulate(found, headers=HEADERS, tablefmt="github", disable_numparse=True) + "\n"
@@ -330,9 +329,8 @@ def main() -> None:
         return
     entered = sum(found[2] != "none" for found in rows)
     summary = f"{entered} of these {len(rows)} models get in by one of the doors"
-    if part:
-        print(summary)
-    else:
+    print(summary)
+    if not part:
         options.output.write_text(f"{HEAD}\n{summary}.\n{text}")
 
 
