@@ -163,6 +163,7 @@ class _Errors(TorchFunctionMode):
         super().__init__()
         self.found: set[str] = set()
 
+    @torch.compiler.disable  # if the plain model fails, the compiled one runs in this mode, and is not to contain it
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return func(*args, **(kwargs or {}))
