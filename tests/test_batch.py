@@ -144,7 +144,7 @@ def test_contrastive_loss_over_a_large_batch(name: str) -> None:
     compare(model, converted, torch.randn(CONTRASTIVE, 3, size, size))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 37, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (37, 1000))])
 def test_bags_of_different_sizes_go_through_one_converted_model(chunk: int) -> None:
     model = bag_model("vit").double()
     converted = fxstream.convert(model, (chunk, None, None, None))

@@ -178,7 +178,7 @@ def test_a_backward_that_has_failed_may_be_repeated(what: str, at: int) -> None:
     assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("where", ["output", "parameter", "image"])
+@pytest.mark.parametrize("where", ["output", pytest.param("parameter", marks=pytest.mark.slow), "image"])
 def test_a_hook_outside_that_raises_leaves_the_next_step_right(where: str) -> None:
     def interrupt(gradient: torch.Tensor) -> None:
         raise KeyboardInterrupt

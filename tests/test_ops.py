@@ -1465,6 +1465,9 @@ def _reached(case: Case) -> Iterator[Any]:
     if key in _RULES:  # check_op makes one node of it
         yield key
         return
+    if case.label.startswith("torch.") and isinstance(case.op, With) and case.op.function is _calls:
+        yield case.op.args[0]  # operators are recorded by other names
+        return
     if isinstance(case.op, nn.Module):
         case.op.eval()
     traced = traced_with_example(_as_module(case.op, case.args, dict(case.kwargs)), None, None, freeze_batchnorm=False)

@@ -132,9 +132,9 @@ def resnet_of_slim(units: tuple[int, ...], resolution: int) -> ResNet:
     return model
 
 
-@pytest.mark.parametrize("resolution", [224, 321])
-@pytest.mark.parametrize(("units", "published"), RESNETS, ids=["50", "101", "152", "200"])
-def test_published_fields_of_resnets(units: tuple[int, ...], published: list[Any], resolution: int) -> None:
+@each_once(resolution=[224, 321], units_and_published=RESNETS)
+def test_published_fields_of_resnets(units_and_published: tuple[tuple[int, ...], list[Any]], resolution: int) -> None:
+    units, published = units_and_published
     expected = {
         layer: (size, stride, even if resolution == 224 else odd)
         for layer, (size, stride, even, odd) in zip(LAYERS, published, strict=True)
