@@ -395,7 +395,7 @@ def test_what_fails_in_the_plain_model_fails_at_the_call(
             ["trunk_output_block1_block1_0_proj_1", "trunk_output_block1_block1_0_f_b_2"],
         ),
         ("efficientnet_b0", (3, 3, 33, 33), BATCH, "classifier_1"),
-        ("shufflenet_v2_x0_5", (3, 3, 33, 33), BATCH, "fc"),
+        pytest.param("shufflenet_v2_x0_5", (3, 3, 33, 33), BATCH, "fc", marks=pytest.mark.slow),
         pytest.param("convnext_tiny", (3, 3, 33, 33), BATCH, "classifier_2", marks=pytest.mark.slow),
         pytest.param("regnet_y_400mf", (3, 3, 33, 33), BATCH, "fc", marks=pytest.mark.slow),
     ],

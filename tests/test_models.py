@@ -386,20 +386,21 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], list[str], list[str], bool]] = {
 }  # fmt: skip
 
 
+# deeplab and fcn of a resnet have nothing that the others have not.
+LIGHT = [pytest.param(name, marks=pytest.mark.slow) if name in ("deeplab", "fcn") else name for name in DENSE]
+
+
 @pytest.mark.parametrize(
     ("tile", "size"), [(24, (41, 37)), pytest.param((None, 7), (17, 31), marks=pytest.mark.slow)], ids=str
 )
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "deeplab" else n for n in DENSE])
+@pytest.mark.parametrize("name", LIGHT)
 def test_dense_prediction(name: str, tile: Any, size: tuple[int, int]) -> None:
     build, last, _, warns = DENSE[name]
     with pytest.warns(fxstream.StreamingWarning) if warns else nullcontext():
         assert_exact(PlainDict(normed(build())), (1, 3, *size), tile, last=last)
 
 
-# Along the batch, deeplab and fcn have nothing that the smaller ones have not.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("deeplab", "fcn") else name for name in DENSE]
-)
+@pytest.mark.parametrize("name", LIGHT)
 def test_dense_prediction_along_the_batch(name: str) -> None:
     build, _, last, _ = DENSE[name]
     assert_exact(PlainDict(normed(build())), (3, 3, 17, 23), (2, None, None, None), last=last)
