@@ -47,8 +47,8 @@ HEADERS = [
 def image_of(name: str, kind: str) -> torch.Tensor:
     size = _SIZES.get(name, 224)
     if kind == "video":
-        frames, size = (32, 224) if name.startswith("mvit") else (16, 224 if name == "s3d" or "swin" in name else 112)
-        return torch.empty(1, 3, frames, size, size, device="meta")
+        size = 224 if any(one in name for one in ("s3d", "swin", "mvit")) else 112
+        return torch.empty(1, 3, 16, size, size, device="meta")
     return torch.empty(1, 3, size, size, device="meta")
 
 
