@@ -12,6 +12,9 @@ OLDEST := .venv-oldest
 demo: .venv/examples
 	$(BIN)/python examples/quickstart.py
 
+# The tests run side by side, so that further threads would only wait for each other, in processes that tests start, too.
+test test-slow test-oldest: export OMP_NUM_THREADS := 1
+
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
