@@ -473,7 +473,7 @@ class Moded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.calls = nn.Conv2d(3, 4, 3, padding=1), []
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
 
     def forward(self, x: torch.Tensor, mode: str = "one", mask: torch.Tensor | None = None) -> torch.Tensor:
         y = self.conv(x)

@@ -49,15 +49,16 @@ def candidates(prefix: Prefix, channels: int | None, example_input: Any) -> Iter
         shape = given.form_of(image).shape
         shapes = iter([shape] if math.prod(shape) <= MOST else [])
     for shape in shapes:
-        forms = resized(given.forms, image, shape)
-        yield {
-            slot.name: _random(shape, like, generator)
-            if isinstance(form, Unspecified) or slot.name == image
-            else _random(form.shape, torch.empty(0, dtype=form.dtype, device=form.device), generator)
-            if isinstance(form, Form)
-            else form
-            for slot, form in forms.items()
-        }
+        others = {slot.name: form for slot, form in resized(given.forms, image, shape).items() if slot.name != image}
+        arguments = {name: _argument(form, shape, like, generator) for name, form in others.items()}
+        yield {image: _random(shape, like, generator), **arguments}
+
+
+def _argument(form: Any, shape: tuple[int, ...], like: torch.Tensor, generator: torch.Generator) -> Any:
+    """An argument besides the image: of its form, as far as that is known, and otherwise a second image."""
+    if isinstance(form, Form):
+        return _random(form.shape, torch.empty(0, dtype=form.dtype, device=form.device), generator)
+    return _random(shape, like, generator) if isinstance(form, Unspecified) else form
 
 
 def resized(forms: Mapping[Slot, Any], image: str, shape: tuple[int, ...]) -> dict[Slot, Any]:
