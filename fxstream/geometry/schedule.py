@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from .axes import IMAGE
@@ -42,7 +42,7 @@ class SizeError(ValueError):
 class Past(NamedTuple):
     """Rows of a region that an earlier step has computed."""
 
-    offset: int
+    ago: int
     """How many steps ago."""
     src: Range
     """Which rows of the block that was computed then."""
@@ -52,12 +52,9 @@ class Past(NamedTuple):
     """Which rows of the region."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AxisStep:
-    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block.
-
-    Most steps are alike; `_alike` makes those one object, so that layouts are found by identity.
-    """
+    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block."""
 
     extent: int
     """Rows of the region."""
@@ -97,6 +94,30 @@ class Axis:
         """How many rows of `value` the step computes."""
         return self.frontier[value][step + 1] - self.frontier[value][step]
 
+    def kept(self, value: int, step: int) -> int:
+        """How many of the rows of `value` that the step computes are kept."""
+        own = self.steps[value][step]
+        return own.fresh - own.keep_from
+
+    def held(self, value: int) -> list[int]:
+        """How many rows of `value` are held during every step: what that step keeps, and what a step before it has kept
+        that is still needed. The rows that one step keeps are released together."""
+        changes = [0] * (self.count + 1)
+        for step in range(self.count):
+            changes[step] += self.kept(value, step)
+            changes[max(step, self.last[value][step]) + 1] -= self.kept(value, step)
+        return list(accumulate(changes[:-1]))
+
+    @cached_property
+    def expiring(self) -> list[list[tuple[int, int]]]:
+        """For every step, the (value, step) whose kept rows no later step reads."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.count)]
+        for value, last in enumerate(self.last):
+            for step, reader in enumerate(last):
+                if self.kept(value, step):
+                    found[max(step, reader)].append((value, step))
+        return found
+
     def carry(self, value: int, step: int) -> int:
         """How many rows of `value` are kept for later steps when `step` begins."""
         return self.frontier[value][step] - self.tail[value][step]
@@ -111,7 +132,7 @@ class Axis:
         """What a step does, apart from where along the axis it does it."""
         steps = tuple(steps[step] for steps in self.steps)
         spans = tuple(None if (own := spans[step]) is None else tuple(map(_shifted, own)) for spans in self.spans)
-        return steps, spans, tuple(last[step] - step for last in self.last)
+        return steps, spans
 
 
 def _shifted(span: Span) -> tuple[object, ...]:
@@ -252,7 +273,4 @@ def _axis_step(frontier: list[int], tail: list[int], step: int, reads: list[Span
             src = (first - frontier[before], last - frontier[before])
             past.append(Past(step - before, src, skip, (first - origin, last - origin)))
     taken = tuple(None if span is None else (span.lo - origin, span.hi - origin) for span in reads)
-    return _alike(stop - origin, stop - start, max(tail[step + 1], start) - start, tuple(past), taken)
-
-
-_alike = lru_cache(maxsize=65536)(AxisStep)
+    return AxisStep(stop - origin, stop - start, max(tail[step + 1], start) - start, tuple(past), taken)

@@ -14,8 +14,7 @@ from ..errors import StreamingError
 from ..geometry.grid import Grid
 from ..geometry.schedule import Axis, equal_step
 from ..scan.call import Call
-from ..scan.sums import Sums
-from ..scan.tape import IMAGE_SLOT, detached_leaves
+from ..scan.sums import IMAGE_SLOT, Sums, detached_leaves
 from ..scan.tiles import Forward, Scan
 from .live import LiveBytes
 
@@ -82,10 +81,9 @@ class _Measured(Scan):
         self.peak = 0
 
     def _backward_tile(self, *args: Any, sums: Sums) -> None:
-        made = sums.nbytes  # by earlier tiles, for all that follow
         with LiveBytes() as live:
             super()._backward_tile(*args, sums=sums)
-        self.peak = max(self.peak, made + int(live.peak))
+        self.peak = max(self.peak, sums.nbytes + int(live.peak))
 
 
 class _Sample:
@@ -95,7 +93,7 @@ class _Sample:
         self.trains = trains
         self.scan = Scan(call, tensors)
         kept = self.scan.forward(keep=True)
-        self.dtypes = {value: piece.dtype for (value, _, _), piece in kept.pieces.items()}
+        self.dtypes = {value: record.dtype for (value, _, _), record in kept.records.items()}
         self.tile = self._training(kept) if trains else self._inference()
 
     def _training(self, kept: Forward) -> int:
@@ -103,7 +101,7 @@ class _Sample:
         gradients = [torch.empty_like(output) if output.is_floating_point() else None for output in kept.outputs]
         backward = _Measured(self.scan.call, detached_leaves(tensors, [tensor.requires_grad for tensor in tensors]))
         with torch.no_grad():
-            backward.backward(kept.states, kept.pieces, {}, gradients)
+            backward.backward(kept.states, kept.records, {}, gradients)
         return backward.peak
 
     def _inference(self) -> int:

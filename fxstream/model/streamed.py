@@ -42,7 +42,7 @@ from ..scan.checks import (
 )
 from ..scan.noise import restored_on_failure
 from ..scan.settings import Settings
-from ..scan.tape import detached_leaves
+from ..scan.sums import detached_leaves
 from ..scan.tiles import Scan
 from .older import upgraded
 
@@ -148,15 +148,15 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs, states, pieces, recorded = scan.forward(keep=True)
+        outputs, states, records, recorded = scan.forward(keep=True)
         ctx.call, ctx.recorded = scan.call, recorded  # not the scan, which holds tensors
-        ctx.keys = list(pieces)
+        ctx.keys = list(records)
         ctx.states = [len(state) for state in states]
-        ctx.save_for_backward(*tensors, *pieces.values(), *chain(*states))
+        ctx.save_for_backward(*tensors, *records.values(), *chain(*states))
         ctx.set_materialize_grads(False)
         constant = [
             tensor
-            for output, tensor in zip(scan.outputs.values(), outputs, strict=True)
+            for output, tensor in zip(scan.outputs, outputs, strict=True)
             if not scan.differentiable(output.value, tensor)
         ]
         ctx.mark_non_differentiable(*constant)
@@ -166,11 +166,11 @@ class _StreamedFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         tensors = list(islice(saved, len(ctx.needs_input_grad) - 1))
-        pieces = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
+        records = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
         states = [tuple(islice(saved, size)) for size in ctx.states]
         scan = Scan(ctx.call, detached_leaves(tensors, _asked_for(ctx)))
         with torch.no_grad():
-            found = scan.backward(states, pieces, ctx.recorded, gradients)
+            found = scan.backward(states, records, ctx.recorded, gradients)
         if torch.is_grad_enabled():
             # It depends on the given gradients, too: `autograd.functional.jvp` differentiates with respect to them.
             reached = (*tensors, *(gradient for gradient in gradients if gradient is not None))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .tape import RecordedTile
+from .execution import Recorded
 
 
 class Budget:
@@ -29,9 +29,9 @@ class Budget:
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: self._count(saved.detach()), lambda saved: saved):
             yield
 
-    def affords(self, recorded: RecordedTile) -> bool:
+    def affords(self, recorded: Recorded) -> bool:
         """Whether a tile that was recorded while `counting` is within the budget."""
-        for result in (*recorded.blocks.values(), *recorded.kept.values()):
+        for result in recorded.results():
             self._count(result)
         self.left = sum(self._held.values()) <= self.limit
         return self.left

@@ -1,0 +1,213 @@
+"""The plan of a call: its tiles, and for every kind of tile a program, which is compiled once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from ..geometry.axes import IMAGE, Value
+from ..geometry.grid import Index, Layout, Tile
+from ..geometry.schedule import readers
+from ..geometry.window import Span
+from ..graph.nodes import label, leaves
+from ..ops import Noise, Sliced, Total, Typed
+from .instructions import NOTHING, Compute, Draw, Emit, Instruction, Join, Load, Make, Note, Slice
+from .program import Program, Step
+from .region import Region, index_of
+
+
+class TileProgram:
+    """What the tiles of one kind do: a flat list of instructions. `print` shows them."""
+
+    def __init__(self, instructions: Sequence[Instruction], registers: int, tensors: int):
+        """`registers` is how many there are besides those of the `tensors` of the call."""
+        self.instructions, self.registers = tuple(instructions), registers
+        first = NOTHING + 1 + tensors
+        read: set[int] = set()
+        for instruction in reversed(self.instructions):
+            used = {*instruction.reads, *instruction.writes}
+            instruction.frees = tuple(sorted(register for register in used - read if register >= first))
+            read |= used
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.instructions))
+
+
+class Plan:
+    """The tiles of a program on an image of one size, and what they do.
+
+    Attributes:
+        grid: the tiles.
+        outputs: what the scan returns: values and totals, each once.
+        typing: the values whose types the graph returns, or tensors of these types.
+    """
+
+    def __init__(self, program: Program, tiles: Sequence[int], slots: Mapping[int, int]):
+        self.program = program
+        self.grid = program.grid(tiles)
+        self.slots = slots
+        found = [leaf for returned in program.returns for leaf in leaves(returned)]
+        self.outputs = list(dict.fromkeys(key_of(leaf) for leaf in found if isinstance(leaf, (Value, Total))))
+        self.typing = {leaf.of.index for leaf in found if isinstance(leaf, Typed) and leaf.of}
+        self._handed: dict[int, list[int]] = {}
+        for number, output in enumerate(self.outputs):
+            self._handed.setdefault(output if isinstance(output, int) else output.operand.index, []).append(number)
+        self._kinds = [max(axis.kinds) + 1 for axis in self.grid.axes]
+        total = 1
+        for count in self._kinds:
+            total *= count
+        self._programs: list[TileProgram | None] = [None] * total
+        """By the kind of the tile."""
+
+    @cached_property
+    def readers(self) -> list[list[tuple[int, int]]]:
+        """For each value its readers as (value, edge), in the order in which they run."""
+        return readers(self.program.axis_graph(self.program.axes[0]))
+
+    def tile(self, tile: Tile) -> TileProgram:
+        """The program of a tile."""
+        place = 0
+        for axis, step, count in zip(self.grid.axes, tile, self._kinds, strict=True):
+            place = place * count + axis.kinds[step]
+        found = self._programs[place]
+        if found is None:
+            found = self._programs[place] = _Compiler(self, tile).compiled()
+        return found
+
+    def fresh(self, value: int, tile: Tile) -> tuple[slice, ...]:
+        """The block of `value` that the tile computes, as an index into the whole value."""
+        return index_of(self.grid.fresh(value, tile), self.program.positions[value], len(self.program.dims(value)))
+
+    def regions(self, tile: Tile) -> list[tuple[slice, ...]]:
+        """The regions of the image that a tile reads, as indices into the whole image."""
+        origin = self.grid.origin(IMAGE, tile)
+        positions, rank = self.program.positions[IMAGE], len(self.program.image.dims)
+        return [
+            index_of(_moved(read, origin), positions, rank) for read in _distinct(self.grid.layout(IMAGE, tile).reads)
+        ]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """The shape of a whole value."""
+        shape = [dim.size for dim in self.program.dims(value)]
+        for position, axis in zip(self.program.positions[value], self.grid.axes, strict=True):
+            shape[position] = axis.sizes[value]
+        return tuple(map(int, shape))
+
+
+class _Compiler:
+    """Compiles the program of a tile."""
+
+    def __init__(self, plan: Plan, tile: Tile):
+        self.plan, self.tile = plan, tile
+        self.first = self.next = NOTHING + 1 + len(plan.slots)
+        self.instructions: list[Instruction] = []
+        self.blocks: dict[int, int] = {}
+        """Value -> the register of its block."""
+        self.reads: dict[tuple[int, int], int] = {}
+        """(value, edge) -> the register of what it reads."""
+
+    def compiled(self) -> TileProgram:
+        plan = self.plan
+        self._load_image()
+        for value, step in plan.program.computed():
+            handed = plan._handed.get(value, [])
+            # Of several results of an operation, some may be of no use.
+            used = bool(plan.readers[value]) or bool(handed) or value in plan.typing
+            block = NOTHING
+            if used and plan.grid.runs(value, self.tile):
+                block = self._compute(value, step)
+                self.instructions += [Emit(block, number, value) for number in handed]
+                self.instructions += [Note(block, value)] if value in plan.typing else []
+            self._join(value, step, block)
+        return TileProgram(self.instructions, self.next - self.first, len(plan.slots))
+
+    def _register(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def _load_image(self) -> None:
+        layout = self.plan.grid.layout(IMAGE, self.tile)
+        taken = _distinct(layout.reads)
+        registers = [self._register() for _ in taken]
+        self.instructions += map(Load, registers, range(len(taken)), taken)
+        self._hand_out(IMAGE, layout, taken, registers, NOTHING)
+
+    def _hand_out(
+        self, value: int, layout: Layout, taken: Sequence[Index], registers: Sequence[int], block: int
+    ) -> None:
+        """Let readers find what is `taken` of a region in these registers, and all else in that of the block."""
+        for reader, read in zip(self.plan.readers[value], layout.reads, strict=True):
+            if read is not None:
+                self.reads[reader] = registers[taken.index(read)] if read in taken else block
+
+    def _compute(self, value: int, step: Step) -> int:
+        args = list(self._args(value, step))
+        spans: list[Any] = []
+        for span in step.spans:
+            spans.append(span if isinstance(span, Span) else (span, self.plan.grid.axes[span].spans[value]))
+        out = self._register()
+        self.instructions.append(Compute(out, step.node.name, step.local.run, args, spans))
+        return out
+
+    def _args(self, value: int, step: Step) -> Iterator[int]:
+        """The registers of the operands."""
+        operands = step.local.operands
+        edges: dict[int, int] = {}
+        for place, operand in enumerate(operands):
+            if isinstance(operand, Value):
+                edges[place] = self.reads[value, len(edges)]
+        for place, operand in enumerate(operands):
+            if place in edges:
+                yield edges[place]
+            elif isinstance(operand, Noise):
+                out = self._register()
+                self.instructions.append(Draw(out, operand, value, place, edges[0]))
+                yield out
+            else:
+                assert isinstance(operand, Sliced)
+                yield self._sliced(value, operand, operands, edges)
+
+    def _sliced(self, value: int, operand: Sliced, operands: Sequence[Any], edges: Mapping[int, int]) -> int:
+        tags = {dim: self.plan.program.axes.index(tag) for dim, tag in operand.dims.items()}
+        tensor = operand.tensor
+        slot = None if isinstance(tensor, Typed) else self.plan.slots.get(id(tensor))
+        if slot is not None and not tags:
+            return NOTHING + 1 + slot
+        out = self._register()
+        if slot is not None:
+            self.instructions.append(Slice(out, slot, value, tags, tensor.dim()))
+            return out
+        if not isinstance(tensor, Typed):
+            tensor = Typed(None, lambda _, made=tensor: made)
+        like = NOTHING if tensor.of is None else edges[operands.index(tensor.of)]
+        self.instructions.append(Make(out, tensor, like, value, tags))
+        return out
+
+    def _join(self, value: int, step: Step, block: int) -> None:
+        plan = self.plan
+        layout = plan.grid.layout(value, self.tile)
+        taken = [read for read in _distinct(layout.reads) if block == NOTHING or read != layout.own]
+        registers = [self._register() for _ in taken]
+        self._hand_out(value, layout, taken, registers, block)
+        if taken or layout.keeps:
+            region = Region(value, layout, taken, plan.grid, self.tile, plan.shape(value), plan.program.positions[value])
+            self.instructions.append(Join(registers, block, region, label(step.node), step.differentiable))
+
+
+def key_of(leaf: Value | Total) -> int | Total:
+    """What tells outputs apart."""
+    return leaf.index if isinstance(leaf, Value) else leaf
+
+
+def _distinct(reads: Sequence[Index | None]) -> list[Index]:
+    """Each read once."""
+    found: list[Index] = []
+    for read in reads:
+        if read is not None and read not in found:
+            found.append(read)
+    return found
+
+
+def _moved(rows: Index, origin: Sequence[int]) -> Index:
+    return tuple(slice(kept.start + first, kept.stop + first) for kept, first in zip(rows, origin, strict=True))

@@ -1,0 +1,198 @@
+"""Regions: a value's fresh block behind the rows that earlier tiles have kept, as its readers take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..geometry.grid import Grid, Index, Kept, Layout, Tile
+from .records import Key, Record, Records, empty_like, strides_like
+
+Shape = tuple[int, ...]
+
+
+def index_of(rows: Index, dims: Sequence[int], rank: int) -> tuple[slice, ...]:
+    """An index into a tensor from slices of the streamed axes, which are its dimensions `dims`."""
+    index = [slice(None)] * rank
+    for dim, wanted in zip(dims, rows, strict=True):
+        index[dim] = wanted
+    return tuple(index)
+
+
+class Rows:
+    """The same rows of many tensors of one shape: a view of each, by one call."""
+
+    def __init__(self, rows: Index, dims: Sequence[int], shape: Sequence[int]):
+        """`rows` of the streamed axes, which are the dimensions `dims` of tensors of this `shape`."""
+        counts = {dim: kept.stop - kept.start for dim, kept in zip(dims, rows, strict=True)}
+        self.shape = tuple(counts.get(dim, size) for dim, size in enumerate(shape))
+        self.firsts = [(dim, kept.start) for dim, kept in zip(dims, rows, strict=True)]
+        self._seen: tuple[Any, int] = (None, 0)
+        """The strides that were seen last, and the place of the first row in memory."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These rows of a tensor."""
+        stride = tensor.stride()
+        seen, first = self._seen
+        if stride != seen:
+            first = sum(start * stride[dim] for dim, start in self.firsts)
+            self._seen = (stride, first)
+        return tensor.as_strided(self.shape, stride, tensor.storage_offset() + first)
+
+
+class RecordRows:
+    """Rows of a record, and where in the region or in the fresh block they belong."""
+
+    def __init__(self, kept: Kept, value: int, grid: Grid, dims: Sequence[int], shape: Sequence[int]):
+        """`shape` is that of the region or of the block."""
+        self.axis, self.ago, self.value = kept.axis, kept.ago, value
+        self.rows = Rows(kept.rows, dims, shape)
+        self.place = Rows(kept.place, dims, shape)
+        behind = range(kept.axis + 1, len(dims))
+        self._moving = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
+        """The axes along which the record is whole: their dimensions, and for every step the first row of the region."""
+
+    def record(self, records: Records, tile: Tile) -> Record | None:
+        """The record that is read, or written to if there is one already."""
+        return records.live[self.axis][tile[self.axis] - self.ago][self.value]
+
+    def of(self, tensor: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """The rows of a record, or of its gradient, that belong to a tile."""
+        stride = tensor.stride()
+        first = sum(start * stride[dim] for dim, start in self.rows.firsts)
+        for axis, dim, origins in self._moving:
+            first += origins[tile[axis]] * stride[dim]
+        return tensor.as_strided(self.rows.shape, stride, first)
+
+
+class Region:
+    """The region of a value in the tiles of one kind: how it is put together, what is read and what is kept of it."""
+
+    def __init__(self, value: int, layout: Layout, reads: Sequence[Index], grid: Grid, tile: Tile, whole: Shape, dims: Shape):
+        """`reads` are those rows of the region that anybody takes and that are not just the fresh block.
+
+        `whole` is the shape of the whole value, whose streamed axes are its dimensions `dims`; `tile` is of the kind.
+        """
+        self.value = value
+        extent = tuple(slice(0, rows) for rows in layout.extent)
+        self.shape = Rows(extent, dims, whole).shape
+        self.own = None if layout.own is None else Rows(layout.own, dims, self.shape)
+        self.parts = [RecordRows(part, value, grid, dims, self.shape) for part in layout.parts]
+        self.reads = [None if read == extent else Rows(read, dims, self.shape) for read in reads]
+        """None for the region itself."""
+        self.block_shape = None if self.own is None else self.own.shape
+        self.keeps = [RecordRows(keep, value, grid, dims, self.block_shape or ()) for keep in layout.keeps]
+        self.begins = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
+        """For each of `keeps`, the rows of the whole record."""
+        self._strides: tuple[Any, Shape] = (None, ())
+        """Strides of a block that were seen last, and those of the region for it."""
+
+    def taken(self, block: torch.Tensor | None, records: Records, tile: Tile) -> list[torch.Tensor]:
+        """What each of `reads` takes of the region."""
+        if not self.reads:
+            return []
+        region = self._assembled(block, records, tile)
+        return [region if read is None else read.of(region) for read in self.reads]
+
+    def _assembled(self, block: torch.Tensor | None, records: Records, tile: Tile) -> torch.Tensor:
+        if block is not None and not self.parts:
+            return block
+        parts = [(part, part.of(part.record(records, tile).rows, tile)) for part in self.parts]  # type: ignore[union-attr]
+        if block is None and len(parts) == 1:
+            return parts[0][1]
+        region = self._empty(parts[0][1] if block is None else block)
+        for part, rows in parts:
+            part.place.of(region).copy_(rows)
+        if block is not None:
+            self.own.of(region).copy_(block)  # type: ignore[union-attr]
+        return region
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        stride = like.stride()
+        seen, strides = self._strides
+        if stride != seen:
+            strides = strides_like(stride, self.shape)
+            self._strides = (stride, strides)
+        return like.new_empty_strided(self.shape, strides)
+
+    def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
+        """Write to the records what later tiles need of a block."""
+        for keep, rows in zip(self.keeps, self.begins, strict=True):
+            record = keep.record(records, tile)
+            if record is None:
+                record = records.begun((self.value, keep.axis, tile[: keep.axis + 1]), block, rows)
+            keep.of(record.rows, tile).copy_(keep.place.of(block))
+
+    def owed(self, kept: Sequence[torch.Tensor], records: Records, tile: Tile) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of what a tile has kept, the rows that have got gradients, each with its gradient."""
+        found = []
+        for keep, rows in zip(self.keeps, kept, strict=True):
+            record = keep.record(records, tile)
+            if record is not None and record.owed is not None:
+                found.append((rows, keep.of(record.owed, tile)))
+        return found
+
+    def gradient(
+        self, reads: Sequence[torch.Tensor | None], keeps: Sequence[torch.Tensor | None], records: Records, tile: Tile
+    ) -> torch.Tensor | None:
+        """The gradient of the fresh block, from those of what is read and kept; adds to what is owed to the records."""
+        total, ours = self._total(reads)
+        block = total
+        if total is not None and self.parts:
+            for part in self.parts:
+                owing = part.record(records, tile).owing()  # type: ignore[union-attr]
+                part.of(owing, tile).add_(part.place.of(total))
+            block = None if self.own is None else self.own.of(total)
+        for gradient, keep in zip(keeps, self.keeps, strict=True):
+            if gradient is None:
+                continue
+            if block is None:
+                block = empty_like(gradient, dict(enumerate(self.block_shape or ()))).zero_()
+            elif not ours:
+                block = block.clone()
+            ours = True
+            keep.place.of(block).add_(gradient)
+        return block
+
+    def _total(self, reads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, bool]:
+        """The gradient of the region, and whether we may modify it in place.
+
+        We may not if it is the gradient of a read, which autograd may have given to other nodes, too.
+        """
+        given = [(gradient, read) for gradient, read in zip(reads, self.reads, strict=True) if gradient is not None]
+        if not given:
+            return None, True
+        whole = next((gradient for gradient, read in given if read is None), None)
+        if whole is not None and len(given) == 1:
+            return whole, False
+        total = empty_like(given[0][0], dict(enumerate(self.shape))).zero_() if whole is None else whole.clone()
+        for gradient, read in given:
+            if read is not None:
+                read.of(total).add_(gradient)
+        return total, True
+
+
+class Stitch(torch.autograd.Function):
+    """What is read and kept of a region, for autograd: in the backward pass it adds to what is owed to the records.
+
+    So carried rows are no leaves of the tile's graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, region: Region, tape: Any, anchor: torch.Tensor, block: torch.Tensor | None) -> Any:
+        """`anchor` requires a gradient, so that there is a backward pass without a block, too."""
+        ctx.region, ctx.tape = region, tape
+        ctx.set_materialize_grads(False)
+        kept = () if block is None else tuple(keep.place.of(block) for keep in region.keeps)
+        return (*region.taken(block, tape.records, tape.tile), *kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        region: Region = ctx.region
+        count = len(region.reads)
+        return None, None, None, region.gradient(grads[:count], grads[count:], ctx.tape.records, ctx.tape.tile)
