@@ -123,6 +123,15 @@ class Axis:
         return self.frontier[value][step] - self.tail[value][step]
 
     @cached_property
+    def alike(self) -> list[list[int]]:
+        """For every value and step a number; steps that treat the value alike have the same."""
+        found = []
+        for steps in self.steps:
+            known: dict[AxisStep, int] = {}
+            found.append([known.setdefault(step, len(known)) for step in steps])
+        return found
+
+    @cached_property
     def kinds(self) -> list[int]:
         """The kind of every step. Steps are of one kind if they do the same but for a shift along the axis."""
         known: dict[object, int] = {}
@@ -130,7 +139,7 @@ class Axis:
 
     def _shape(self, step: int) -> tuple[object, ...]:
         """What a step does, apart from where along the axis it does it."""
-        steps = tuple(steps[step] for steps in self.steps)
+        steps = tuple(numbers[step] for numbers in self.alike)
         spans = tuple(None if (own := spans[step]) is None else tuple(map(_shifted, own)) for spans in self.spans)
         return steps, spans
 

@@ -31,7 +31,7 @@ class Budget:
 
     def affords(self, recorded: Recorded) -> bool:
         """Whether a tile that was recorded while `counting` is within the budget."""
-        for result in recorded.results():
+        for result in (block for _, _, block in recorded.blocks):
             self._count(result)
         self.left = sum(self._held.values()) <= self.limit
         return self.left

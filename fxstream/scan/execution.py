@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from ..ops import Noise
 from .instructions import Join
 from .noise import draw
 from .records import Records
-from .region import Region, Stitch
+from .region import Stitch, Tape
 from .sums import IMAGE_SLOT, Leaf
 
 if TYPE_CHECKING:
@@ -81,15 +81,6 @@ class Execution:
         self.scan.likes[value] = block.new_empty(0)
 
 
-class _Tape:
-    """Where the joins of a tile find their records: in the backward pass, those of the backward scan."""
-
-    __slots__ = ("records", "tile")
-
-    def __init__(self, records: Records, tile: Tile):
-        self.records, self.tile = records, tile
-
-
 class Recorded(Execution):
     """A tile that is computed with autograd, and its graph.
 
@@ -100,8 +91,9 @@ class Recorded(Execution):
         self.leaves: list[Leaf] = []
         self.blocks: list[tuple[int, int, torch.Tensor]] = []
         """The blocks of the outputs: the place of the output, its value, and the block."""
-        self.kept: list[tuple[Region, Sequence[torch.Tensor]]] = []
-        self._tape = _Tape(records, tile)
+        self._tape = Tape(records, tile)
+        self.begin = self._tape.end
+        """A leaf on which all joins depend."""
         with torch.enable_grad(), scan.call.autocasting():
             super().__init__(scan, records, tile, regions)
 
@@ -125,19 +117,13 @@ class Recorded(Execution):
         # Otherwise those who read it would compute gradients that nobody wants.
         if not join.differentiable or (block is not None and not _is_differentiable(block)):
             return region.taken(block, self.records, self.tile)
-        found: Sequence[torch.Tensor] = Stitch.apply(region, self._tape, self.scan.anchor, block)  # type: ignore[no-untyped-call]  # torch has no types for it
-        count = len(join.outs)
+        *taken, end = Stitch.apply(region, self._tape, self._tape.end, block)  # type: ignore[no-untyped-call]  # torch has no types for it
         if region.keeps:
-            self.kept.append((region, found[count:]))
-        return found[:count]
+            self._tape.end = end
+        return taken
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
         self.blocks.append((number, value, block))
-
-    def results(self) -> Iterator[torch.Tensor]:
-        """What is held besides what autograd saves."""
-        yield from (block for _, _, block in self.blocks)
-        yield from (rows for _, kept in self.kept for rows in kept)
 
     def backward(
         self,
@@ -152,8 +138,9 @@ class Recorded(Execution):
         """
         self._tape.records = records
         roots = [(block, gradient(number, value, block.detach())) for number, value, block in self.blocks]
-        roots += [root for region, kept in self.kept for root in region.owed(kept, records, self.tile)]
         wanted = [(root, given) for root, given in roots if given is not None and root.requires_grad]
+        if self._tape.end.grad_fn is not None:
+            wanted.append((self._tape.end, torch.zeros(())))
         if wanted:
             outputs, given = zip(*wanted, strict=True)
             torch.autograd.backward(outputs, given, inputs=only)

@@ -57,6 +57,8 @@ class Plan:
         total = 1
         for count in self._kinds:
             total *= count
+        self._regions: dict[tuple[int, ...], tuple[Layout, Sequence[Index], Region | None]] = {}
+        """By a value and what the tile's step of every axis does with it."""
         self._programs: list[TileProgram | None] = [None] * total
         """By the kind of the tile."""
 
@@ -74,6 +76,19 @@ class Plan:
         if found is None:
             found = self._programs[place] = _Compiler(self, tile).compiled()
         return found
+
+    def region(self, value: int, tile: Tile) -> tuple[Layout, Sequence[Index], Region | None]:
+        """How a tile treats the region of a value: its layout, the rows that are taken of it besides the fresh block, and
+        how it is put together if that is needed."""
+        key = (value, *(axis.alike[value][step] for axis, step in zip(self.grid.axes, tile, strict=True)))
+        if key not in self._regions:
+            layout = self.grid.layout(value, tile)
+            taken = [read for read in _distinct(layout.reads) if read != layout.own]
+            dims = self.program.positions[value]
+            needed = taken or layout.keeps
+            region = Region(value, layout, taken, self.grid, tile, self.shape(value), dims) if needed else None
+            self._regions[key] = (layout, taken, region)
+        return self._regions[key]
 
     def fresh(self, value: int, tile: Tile) -> tuple[slice, ...]:
         """The block of `value` that the tile computes, as an index into the whole value."""
@@ -185,13 +200,10 @@ class _Compiler:
         return out
 
     def _join(self, value: int, step: Step, block: int) -> None:
-        plan = self.plan
-        layout = plan.grid.layout(value, self.tile)
-        taken = [read for read in _distinct(layout.reads) if block == NOTHING or read != layout.own]
+        layout, taken, region = self.plan.region(value, self.tile)
         registers = [self._register() for _ in taken]
         self._hand_out(value, layout, taken, registers, block)
-        if taken or layout.keeps:
-            region = Region(value, layout, taken, plan.grid, self.tile, plan.shape(value), plan.program.positions[value])
+        if region is not None:
             self.instructions.append(Join(registers, block, region, label(step.node), step.differentiable))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..geometry.grid import Grid, Index, Kept, Layout, Tile
-from .records import Key, Record, Records, empty_like, strides_like
+from .records import Record, Records, empty_like, strides_like
 
 Shape = tuple[int, ...]
 
@@ -56,9 +55,9 @@ class RecordRows:
         self._moving = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
         """The axes along which the record is whole: their dimensions, and for every step the first row of the region."""
 
-    def record(self, records: Records, tile: Tile) -> Record | None:
-        """The record that is read, or written to if there is one already."""
-        return records.live[self.axis][tile[self.axis] - self.ago][self.value]
+    def record(self, records: Records, tile: Tile) -> Record:
+        """The record that is read; or the one that is written to, None if it has not been begun."""
+        return records.live[self.axis][tile[self.axis] - self.ago][self.value]  # type: ignore[return-value]  # a record that is read is there
 
     def of(self, tensor: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The rows of a record, or of its gradient, that belong to a tile."""
@@ -70,12 +69,14 @@ class RecordRows:
 
 
 class Region:
-    """The region of a value in the tiles of one kind: how it is put together, what is read and what is kept of it."""
+    """The region of a value in tiles that treat it alike: how it is put together, what is read and what is kept of it."""
 
-    def __init__(self, value: int, layout: Layout, reads: Sequence[Index], grid: Grid, tile: Tile, whole: Shape, dims: Shape):
+    def __init__(
+        self, value: int, layout: Layout, reads: Sequence[Index], grid: Grid, tile: Tile, whole: Shape, dims: Shape
+    ):
         """`reads` are those rows of the region that anybody takes and that are not just the fresh block.
 
-        `whole` is the shape of the whole value, whose streamed axes are its dimensions `dims`; `tile` is of the kind.
+        `whole` is the shape of the whole value, whose streamed axes are its dimensions `dims`; `tile` is one of the tiles.
         """
         self.value = value
         extent = tuple(slice(0, rows) for rows in layout.extent)
@@ -101,14 +102,14 @@ class Region:
     def _assembled(self, block: torch.Tensor | None, records: Records, tile: Tile) -> torch.Tensor:
         if block is not None and not self.parts:
             return block
-        parts = [(part, part.of(part.record(records, tile).rows, tile)) for part in self.parts]  # type: ignore[union-attr]
+        parts = [part.of(part.record(records, tile).rows, tile) for part in self.parts]
         if block is None and len(parts) == 1:
-            return parts[0][1]
-        region = self._empty(parts[0][1] if block is None else block)
-        for part, rows in parts:
+            return parts[0]
+        region = self._empty(parts[0] if block is None else block)
+        for part, rows in zip(self.parts, parts, strict=True):
             part.place.of(region).copy_(rows)
-        if block is not None:
-            self.own.of(region).copy_(block)  # type: ignore[union-attr]
+        if block is not None and self.own is not None:
+            self.own.of(region).copy_(block)
         return region
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
@@ -122,40 +123,33 @@ class Region:
     def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
         """Write to the records what later tiles need of a block."""
         for keep, rows in zip(self.keeps, self.begins, strict=True):
-            record = keep.record(records, tile)
-            if record is None:
-                record = records.begun((self.value, keep.axis, tile[: keep.axis + 1]), block, rows)
+            record = keep.record(records, tile) or records.begun(
+                (self.value, keep.axis, tile[: keep.axis + 1]), block, rows
+            )
             keep.of(record.rows, tile).copy_(keep.place.of(block))
 
-    def owed(self, kept: Sequence[torch.Tensor], records: Records, tile: Tile) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of what a tile has kept, the rows that have got gradients, each with its gradient."""
-        found = []
-        for keep, rows in zip(self.keeps, kept, strict=True):
-            record = keep.record(records, tile)
-            if record is not None and record.owed is not None:
-                found.append((rows, keep.of(record.owed, tile)))
-        return found
+    def gradient(self, reads: Sequence[torch.Tensor | None], records: Records, tile: Tile) -> torch.Tensor | None:
+        """The gradient of the fresh block, from those of what is read and from what is owed to the records.
 
-    def gradient(
-        self, reads: Sequence[torch.Tensor | None], keeps: Sequence[torch.Tensor | None], records: Records, tile: Tile
-    ) -> torch.Tensor | None:
-        """The gradient of the fresh block, from those of what is read and kept; adds to what is owed to the records."""
+        It adds the gradients of carried rows to what is owed to their records.
+        """
         total, ours = self._total(reads)
         block = total
         if total is not None and self.parts:
             for part in self.parts:
-                owing = part.record(records, tile).owing()  # type: ignore[union-attr]
-                part.of(owing, tile).add_(part.place.of(total))
+                part.of(part.record(records, tile).owing(), tile).add_(part.place.of(total))
             block = None if self.own is None else self.own.of(total)
-        for gradient, keep in zip(keeps, self.keeps, strict=True):
-            if gradient is None:
+        for keep in self.keeps:
+            owed = keep.record(records, tile).owed
+            if owed is None:
                 continue
             if block is None:
-                block = empty_like(gradient, dict(enumerate(self.block_shape or ()))).zero_()
+                assert self.block_shape is not None, "only a fresh block is kept"
+                block = empty_like(owed, dict(enumerate(self.block_shape))).zero_()
             elif not ours:
                 block = block.clone()
             ours = True
-            keep.place.of(block).add_(gradient)
+            keep.place.of(block).add_(keep.of(owed, tile))
         return block
 
     def _total(self, reads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, bool]:
@@ -176,23 +170,31 @@ class Region:
         return total, True
 
 
-class Stitch(torch.autograd.Function):
-    """What is read and kept of a region, for autograd: in the backward pass it adds to what is owed to the records.
+class Tape:
+    """Where the joins of a recorded tile find their records: in the backward pass, those of the backward scan."""
 
-    So carried rows are no leaves of the tile's graph.
+    def __init__(self, records: Records, tile: Tile):
+        self.records, self.tile = records, tile
+        self.end = torch.zeros((), requires_grad=True)
+        """Depends on every join that keeps rows: differentiate it, too, and each of these finds what it is owed."""
+
+
+class Stitch(torch.autograd.Function):
+    """What is read of a region, for autograd.
+
+    In the backward pass it adds to what is owed to the records that it has read, and takes what is owed to those that it
+    has kept. So carried rows are no leaves of the tile's graph, and kept rows no roots.
     """
 
     @staticmethod
-    def forward(ctx: Any, region: Region, tape: Any, anchor: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`anchor` requires a gradient, so that there is a backward pass without a block, too."""
+    def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
+        """`end` is `tape.end` so far: through it, the function is differentiated without a block, too."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
-        kept = () if block is None else tuple(keep.place.of(block) for keep in region.keeps)
-        return (*region.taken(block, tape.records, tape.tile), *kept)
+        return (*region.taken(block, tape.records, tape.tile), end.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        region: Region = ctx.region
-        count = len(region.reads)
-        return None, None, None, region.gradient(grads[:count], grads[count:], ctx.tape.records, ctx.tape.tile)
+        tape: Tape = ctx.tape
+        return None, None, None, ctx.region.gradient(grads[:-1], tape.records, tape.tile)

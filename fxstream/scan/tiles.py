@@ -49,8 +49,6 @@ class Scan:
         self.noise: dict[tuple[int, int], torch.Tensor] = {}
         """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
         self.random = any(isinstance(operand, Noise) for step in program.steps for operand in step.local.operands)
-        self.anchor = torch.zeros((), requires_grad=True)
-        """A leaf on which all joins of a graph depend."""
 
     def _output(self, key: int | Total) -> Output:
         value = key if isinstance(key, int) else key.operand.index
@@ -145,7 +143,7 @@ class Scan:
         if done is None:
             done = Recorded(self, records, *next(fetched))
         else:
-            only = [*sums.shared_with(done.scan.tensors), done.scan.anchor, *sums.wanted(done.leaves)]
+            only = [*sums.shared_with(done.scan.tensors), done.begin, *sums.wanted(done.leaves)]
 
         def gradient(number: int, value: int, block: torch.Tensor) -> torch.Tensor | None:
             given = gradients[number]
