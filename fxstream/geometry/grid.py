@@ -4,10 +4,10 @@ The axes are independent, so a tile is one step of each. It computes the *fresh*
 its step computes, along every axis. In front of that block lie the rows that earlier tiles have kept for it; the two
 together are the value's *region*, from which its readers take what they need.
 
-What later tiles need of the blocks of a value is kept in *records*, which share no position. A record of an axis belongs
-to one step of it and of each axis before it. It holds the rows that this axis carries, of those that no axis before it
-carries, and along the axes behind it everything, so that all tiles of a band write to one record of the first axis. So a
-position is kept once, however many tiles read it, corners included.
+What later tiles need of the blocks of a value is kept in *records*. A record of an axis belongs to one step of it and of
+each axis before it. It holds the rows that this axis carries; along the axes behind it everything, so that all tiles of a
+band write to one record of the first axis; and along the axes before it the rows that these do not carry, since a position
+is kept once, however many tiles read it. Only the corners of thin carries are kept twice (see `AxisStep.shared`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Grid:
 
     def record(self, value: int, tile: Tile, axis: int) -> tuple[int, ...]:
         """The rows of the record of an axis into which the tile writes."""
-        before = [one.steps[value][step].keep_from for one, step in zip(self.axes[:axis], tile, strict=False)]
+        before = [one.steps[value][step].shared for one, step in zip(self.axes[:axis], tile, strict=False)]
         return (*before, self.axes[axis].kept(value, tile[axis]), *(one.sizes[value] for one in self.axes[axis + 1 :]))
 
     def kind(self, tile: Tile) -> tuple[int, ...]:
@@ -118,10 +118,13 @@ class Grid:
         return tuple(axis.kinds[step] for axis, step in zip(self.axes, tile, strict=True))
 
     def carried(self, value: int) -> int:
-        """How many positions of `value` all pieces hold together: all but those that no axis carries."""
-        sizes = [axis.sizes[value] for axis in self.axes]
-        not_kept = [sum(step.keep_from for step in axis.steps[value]) for axis in self.axes]
-        return prod(sizes) - prod(not_kept)
+        """How many positions of `value` all records hold together."""
+        total = 0
+        for depth, axis in enumerate(self.axes):
+            shared = [sum(step.shared for step in outer.steps[value]) for outer in self.axes[:depth]]
+            kept = sum(axis.kept(value, step) for step in range(axis.count))
+            total += prod(shared) * kept * prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
+        return total
 
     def in_flight(self, weights: Mapping[int, int]) -> int:
         """The most positions that earlier tiles hold for later ones at any time, each times the weight of its value.
@@ -132,7 +135,7 @@ class Grid:
         for depth, axis in enumerate(self.axes):
             held = [0] * axis.count
             for value, weight in weights.items():
-                across = prod(max(step.keep_from for step in outer.steps[value]) for outer in self.axes[:depth])
+                across = prod(max(step.shared for step in outer.steps[value]) for outer in self.axes[:depth])
                 across *= prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
                 for step, rows in enumerate(axis.held(value)):
                     held[step] += weight * across * rows
@@ -200,9 +203,9 @@ def _earlier(step: AxisStep) -> slice:
     return slice(0, step.extent - step.fresh)
 
 
-def _not_kept(step: AxisStep) -> slice:
-    """The step's own rows that are not kept, in the region."""
-    return slice(step.extent - step.fresh, step.extent - step.fresh + step.keep_from)
+def _shared(step: AxisStep) -> slice:
+    """The step's own rows that the records of later axes hold, in the region."""
+    return slice(step.extent - step.fresh, step.extent - step.fresh + step.shared)
 
 
 def _kept(step: AxisStep) -> slice:
@@ -213,7 +216,7 @@ def _kept(step: AxisStep) -> slice:
 def _keeps(steps: tuple[AxisStep, ...]) -> Iterator[Kept]:
     """What is kept of the fresh block."""
     for axis, carrying in enumerate(steps):
-        before = [slice(0, step.keep_from) for step in steps[:axis]]
+        before = [slice(0, step.shared) for step in steps[:axis]]
         here, kept = slice(carrying.keep_from, carrying.fresh), slice(0, carrying.fresh - carrying.keep_from)
         after = steps[axis + 1 :]
         place = (*before, here, *(slice(0, step.fresh) for step in after))
@@ -230,16 +233,18 @@ def _parts(steps: tuple[AxisStep, ...]) -> Iterator[Kept]:
                             columns of earlier steps   own columns
         rows of earlier steps         axis 0              axis 0
         own rows, not kept            axis 1              fresh block
-        own rows, kept                axis 0              fresh block
+        own rows, kept                axis 0 or 1         fresh block
 
     The rows of each earlier step are in a record of their own. The own rows that are kept are in the record that the
-    tile itself adds to.
+    tile itself adds to, unless those of the axes behind hold them, too.
     """
     for axis, carrying in enumerate(steps):
         before, after = steps[:axis], steps[axis + 1 :]
         for past in carrying.past:
             rows = slice(past.src[0] - past.skip, past.src[1] - past.skip)
             yield from _part(axis, past.ago, before, rows, slice(*past.dst), tuple(map(_all, after)))
+        if carrying.shared == carrying.fresh:
+            continue
         kept = slice(0, carrying.fresh - carrying.keep_from)
         for number, step in enumerate(after):
             behind = (*map(_own, after[:number]), _earlier(step), *map(_all, after[number + 1 :]))
@@ -256,8 +261,8 @@ def _part(
     part = Kept(
         axis,
         ago,
-        (*(slice(0, step.keep_from) for step in before), rows, *behind),
-        (*map(_not_kept, before), place, *behind),
+        (*(slice(0, step.shared) for step in before), rows, *behind),
+        (*map(_shared, before), place, *behind),
     )
     if _has_rows(part.place):
         yield part

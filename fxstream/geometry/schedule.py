@@ -26,6 +26,10 @@ AxisGraph = tuple[Edges, ...]
 Range = tuple[int, int]
 """The first row, and one past the last."""
 
+TWICE = 4
+"""Rows that are carried along one axis are kept with those that later axes carry, too, if they are at most 1 / TWICE of
+the block: regions then consist of fewer parts, and hardly any position is kept twice."""
+
 THIN = 12
 """A value that would compute at most tile / (2 * THIN) rows per step skips some steps, and then computes all their rows
 at once."""
@@ -66,6 +70,12 @@ class AxisStep:
     """Where the rows before the block come from."""
     reads: tuple[Range | None, ...]
     """What each reader takes of the region; None for one that does not run."""
+
+    @property
+    def shared(self) -> int:
+        """How many rows of the block the records of later axes hold: the first ones, those that this axis does not keep;
+        or all of them, if it keeps few."""
+        return self.fresh if TWICE * (self.fresh - self.keep_from) <= self.fresh else self.keep_from
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,8 @@ def _pace(size: int, count: int, tile: int) -> _Pace:
     which it advances reads its operation's weights and writes their gradients, whatever the number of rows.
     """
     rests = max(1, tile * count // (THIN * size))
+    # A power of two: values that rest for different numbers of steps then repeat together, and steps are of fewer kinds.
+    rests = 1 << rests.bit_length() - 1
     natural = -(-size * rests // count)
     # Half a step more than that: a short lag then ends with the last step instead of taking another.
     return _Pace(-(-3 * natural // 4) if rests > 1 else 1, -(-3 * natural // 2))

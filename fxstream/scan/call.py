@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,13 +52,15 @@ class Call:
         """The seed of the call's random numbers; drawn only if there are any."""
         return new_seed()
 
-    @contextmanager
-    def autocasting(self) -> Iterator[None]:
+    def autocasting(self) -> AbstractContextManager[Any]:
         """Enter the autocast regions of the call, with their caches off."""
-        with ExitStack() as stack:
-            for options in self.autocast:
-                stack.enter_context(torch.autocast(**options))
-            yield
+        changing = [options for options in self.autocast if not _is_present(options)]
+        if not changing:
+            return nullcontext()
+        stack = ExitStack()
+        for options in changing:
+            stack.enter_context(torch.autocast(**options))
+        return stack
 
     def program(self, tensors: Sequence[torch.Tensor]) -> Program:
         """Lower the graph onto the call's tensors, or onto detached leaves that share their memory."""
@@ -114,6 +116,11 @@ def _autocast_regions(device: torch.device) -> tuple[dict[str, Any], ...]:
         for kind in dict.fromkeys(("cpu", device.type))
         if torch.amp.is_autocast_available(kind)
     )
+
+
+def _is_present(region: dict[str, Any]) -> bool:
+    """Whether an autocast region changes nothing, since we are out of such regions, as it is."""
+    return not region["enabled"] and not torch.is_autocast_enabled(region["device_type"])
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -59,10 +59,9 @@ class Records:
         ]
         self.held: dict[Key, torch.Tensor] = dict(held or {})
 
-    def begun(self, key: Key, like: torch.Tensor, rows: Mapping[int, int]) -> Record:
-        """A new record for blocks such as `like`; `rows` are its sizes along the streamed dimensions."""
-        value, axis, steps = key
-        record = self.live[axis][steps[-1]][value] = Record(empty_like(like, rows))
+    def begin(self, value: int, axis: int, step: int, rows: torch.Tensor) -> Record:
+        """Begin a record for a step of an axis."""
+        record = self.live[axis][step][value] = Record(rows)
         return record
 
     def leave(self, tile: Tile) -> None:

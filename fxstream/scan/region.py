@@ -61,6 +61,8 @@ class RecordRows:
 
     def of(self, tensor: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The rows of a record, or of its gradient, that belong to a tile."""
+        if not self._moving and tensor.shape == self.rows.shape:
+            return tensor
         stride = tensor.stride()
         first = sum(start * stride[dim] for dim, start in self.rows.firsts)
         for axis, dim, origins in self._moving:
@@ -87,8 +89,11 @@ class Region:
         """None for the region itself."""
         self.block_shape = None if self.own is None else self.own.shape
         self.keeps = [RecordRows(keep, value, grid, dims, self.block_shape or ()) for keep in layout.keeps]
-        self.begins = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
-        """For each of `keeps`, the rows of the whole record."""
+        sizes = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
+        self.begins = [
+            None if keep.axis == len(dims) - 1 else rows for keep, rows in zip(layout.keeps, sizes, strict=True)
+        ]
+        """For each of `keeps`, the rows of the whole record; None if the tile itself writes all of them."""
         self._strides: tuple[Any, Shape] = (None, ())
         """Strides of a block that were seen last, and those of the region for it."""
 
@@ -122,11 +127,14 @@ class Region:
 
     def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
         """Write to the records what later tiles need of a block."""
-        for keep, rows in zip(self.keeps, self.begins, strict=True):
-            record = keep.record(records, tile) or records.begun(
-                (self.value, keep.axis, tile[: keep.axis + 1]), block, rows
-            )
-            keep.of(record.rows, tile).copy_(keep.place.of(block))
+        for keep, sizes in zip(self.keeps, self.begins, strict=True):
+            rows, record = keep.place.of(block), keep.record(records, tile)
+            if sizes is None:
+                records.begin(self.value, keep.axis, tile[keep.axis], rows.clone())
+                continue
+            if record is None:
+                record = records.begin(self.value, keep.axis, tile[keep.axis], empty_like(block, sizes))
+            keep.of(record.rows, tile).copy_(rows)
 
     def gradient(self, reads: Sequence[torch.Tensor | None], records: Records, tile: Tile) -> torch.Tensor | None:
         """The gradient of the fresh block, from those of what is read and from what is owed to the records.
