@@ -92,8 +92,9 @@ class Recorded(Execution):
         self.blocks: list[tuple[int, int, torch.Tensor]] = []
         """The blocks of the outputs: the place of the output, its value, and the block."""
         self._tape = Tape(records, tile)
-        self.begin = self._tape.end
-        """A leaf on which all joins depend."""
+        self.begin = self._end = torch.zeros((), requires_grad=True)
+        """A leaf on which all joins depend; and what depends on all joins that keep rows. If it is differentiated, too,
+        each of these finds what it is owed."""
         with torch.enable_grad(), scan.call.autocasting():
             super().__init__(scan, records, tile, regions)
 
@@ -117,9 +118,9 @@ class Recorded(Execution):
         # Otherwise those who read it would compute gradients that nobody wants.
         if not join.differentiable or (block is not None and not _is_differentiable(block)):
             return region.taken(block, self.records, self.tile)
-        *taken, end = Stitch.apply(region, self._tape, self._tape.end, block)  # type: ignore[no-untyped-call]  # torch has no types for it
+        *taken, end = Stitch.apply(region, self._tape, self._end, block)  # type: ignore[no-untyped-call]  # torch has no types for it
         if region.keeps:
-            self._tape.end = end
+            self._end = end
         return taken
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
@@ -139,8 +140,8 @@ class Recorded(Execution):
         self._tape.records = records
         roots = [(block, gradient(number, value, block.detach())) for number, value, block in self.blocks]
         wanted = [(root, given) for root, given in roots if given is not None and root.requires_grad]
-        if self._tape.end.grad_fn is not None:
-            wanted.append((self._tape.end, torch.zeros(())))
+        if self._end is not self.begin:
+            wanted.append((self._end, torch.zeros(())))
         if wanted:
             outputs, given = zip(*wanted, strict=True)
             torch.autograd.backward(outputs, given, inputs=only)

@@ -183,8 +183,6 @@ class Tape:
 
     def __init__(self, records: Records, tile: Tile):
         self.records, self.tile = records, tile
-        self.end = torch.zeros((), requires_grad=True)
-        """Depends on every join that keeps rows: differentiate it, too, and each of these finds what it is owed."""
 
 
 class Stitch(torch.autograd.Function):
@@ -196,7 +194,8 @@ class Stitch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`end` is `tape.end` so far: through it, the function is differentiated without a block, too."""
+        """`end` is what earlier joins have returned last: through it, the function is differentiated without a block, too.
+        """
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
         return (*region.taken(block, tape.records, tape.tile), end.detach())
