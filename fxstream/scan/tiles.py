@@ -16,7 +16,7 @@ from ..geometry.axes import IMAGE, Extent, Multiple, Value
 from ..geometry.grid import Index, Tile
 from ..geometry.schedule import readers
 from ..graph.nodes import label, leaves
-from ..ops import Noise, Sliced, Total, Totals, Typed
+from ..ops import Noise, Total, Totals
 from .budget import Budget
 from .call import Call
 from .carry import Stitch, TensorLayout, index_of, stitch
@@ -24,7 +24,7 @@ from .fetch import Region, Regions, fetch
 from .noise import draw
 from .outputs import Accumulated, Output, Whole
 from .pieces import Key, Pieces
-from .program import Step
+from .program import Edge, Made, Slot, Step
 from .sums import Sums
 from .tape import IMAGE_SLOT, RecordedTile, Source, Tape, detached_leaves
 
@@ -51,20 +51,21 @@ class Scan:
         self.axes = self.program.axes
         self.trained = [slot for slot, tensor in enumerate(tensors) if tensor.requires_grad]
         """The places of the tensors that require a gradient."""
-        self.slots = {id(tensor): slot for slot, tensor in enumerate(tensors)}
+        self.made: dict[Made, Any] = {}
+        """What is made of tensors, and is the same for all tiles."""
         self.readers = readers(self.program.axis_graph(self.axes[0]))
         """For each value its readers as (value, edge), in the order in which they run."""
         self.outputs = self._outputs()
         self.handed = {output.value for output in self.outputs.values()}
         """The values of which the outputs are made."""
-        self.typing = {leaf.of.index for leaf in leaves(self.program.returns) if isinstance(leaf, Typed) and leaf.of}
+        self.typing = {leaf.like for leaf in leaves(self.program.returns) if isinstance(leaf, Made)}
         """The values whose types the graph returns, or tensors of these types."""
         self.likes: dict[int, torch.Tensor] = {}
         """For each of these values an empty tensor of its type, once a block has been computed."""
         self.layouts: dict[tuple[int, int], TensorLayout] = {}
         self.noise: dict[tuple[int, int], torch.Tensor] = {}
         """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
-        self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.local.operands)
+        self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.operands)
 
     def _outputs(self) -> dict[int | Total, Output]:
         """What the graph returns, by what `_key` says of it."""
@@ -82,8 +83,10 @@ class Scan:
         by_key = dict(zip(self.outputs, outputs, strict=True))
 
         def fill(leaf: Any) -> Any:
-            if isinstance(leaf, Typed):
-                return leaf.make(None if leaf.of is None else self.likes[leaf.of.index])
+            if isinstance(leaf, Slot):
+                return self.tensors[leaf.slot]
+            if isinstance(leaf, Made):
+                return self._made(leaf, self.likes)
             if isinstance(leaf, (Extent, Multiple)):
                 return int(leaf)
             return by_key[_key(leaf)] if isinstance(leaf, (Value, Total)) else leaf
@@ -265,35 +268,43 @@ class Scan:
         self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: Source
     ) -> torch.Tensor:
         """Run a step on what its operands have for this tile. `waiting` are the blocks that its readers wait for."""
+        blocks: dict[int, torch.Tensor] = {}
+        """By number, those of the values among the operands."""
+        for operand in step.operands:
+            if isinstance(operand, Edge) and operand.value == IMAGE:
+                region = self._region(value, operand.number, tile)
+                blocks[operand.number] = source.image(region, self._index(region))
+            elif isinstance(operand, Edge):
+                blocks[operand.number] = waiting.pop((value, operand.number))
+        types = {one.value: blocks[one.number] for one in step.operands if isinstance(one, Edge)}
         operands: list[Any] = []
-        typed: list[tuple[int, Sliced, Typed]] = []
-        edge = 0
-        for operand in step.local.operands:
-            if isinstance(operand, Sliced) and isinstance(operand.tensor, Typed):
-                typed.append((len(operands), operand, operand.tensor))
-                operands.append(None)
-                continue
-            if isinstance(operand, Sliced):
-                given: Any = operand.tensor
-                rows = self._rows(operand.dims, given.dim(), value, tile)
-                slot = self.slots.get(id(given))
-                # What a rule has made of a tensor has no slot: its graph leads to the one that has.
-                operands.append(given[rows] if slot is None else source.tensor(slot, rows))
-                continue
-            if isinstance(operand, Noise):
-                operands.append(self._drawn(operand, value, len(operands), tile, operands[0]))
-                continue
-            if operand.index == IMAGE:
-                region = self._region(value, edge, tile)
-                operands.append(source.image(region, self._index(region)))
+        for operand in step.operands:
+            if isinstance(operand, Edge):
+                operands.append(blocks[operand.number])
+            elif isinstance(operand, Slot) and not operand.dims:
+                operands.append(source.tensors[operand.slot])
+            elif isinstance(operand, Slot):
+                rows = self._rows(operand.dims, self.tensors[operand.slot].dim(), value, tile)
+                operands.append(source.tensor(operand.slot, rows))
+            elif isinstance(operand, Noise):
+                operands.append(self._drawn(operand, value, len(operands), tile, blocks[0]))
+            elif isinstance(operand, Made):
+                made = self._made(operand, types)
+                rows = self._rows(operand.dims, made.dim(), value, tile) if operand.dims else ()
+                operands.append(made[rows] if operand.dims else made)
             else:
-                operands.append(waiting.pop((value, edge)))
-            edge += 1
-        for place, sliced, tensor in typed:
-            like = None if tensor.of is None else operands[step.local.operands.index(tensor.of)]
-            operands[place] = tensor.make(like)[self._rows(sliced.dims, tensor.dim(), value, tile)]
+                operands.append(None)
         streamed = self.grid.spans(value, 0, tile)
         return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
+
+    def _made(self, operand: Made, types: Mapping[int, torch.Tensor]) -> Any:
+        """What is made of tensors of the call, or of the types of values; once, if it is the same for all tiles."""
+        if operand.like is not None or any(self.tensors[slot].requires_grad for slot in operand.slots):
+            like = None if operand.like is None else types[operand.like]
+            return operand.make(like, *(self.tensors[slot] for slot in operand.slots))
+        if operand not in self.made:
+            self.made[operand] = operand.make(None, *(self.tensors[slot] for slot in operand.slots))
+        return self.made[operand]
 
     def _drawn(self, noise: Noise, value: int, place: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
         """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
@@ -312,7 +323,7 @@ class Scan:
 
     def _draw_number(self, value: int, place: int, tile: int) -> int:
         """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
-        places = max(len(step.local.operands) for step in self.program.steps)
+        places = max(len(step.operands) for step in self.program.steps)
         return (tile * len(self.readers) + value) * places + place
 
     def _rows(self, tags: Mapping[int, str], rank: int, value: int, tile: Tile) -> tuple[slice, ...]:
