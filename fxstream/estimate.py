@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .conversion import convert
 from .errors import StreamingWarning
+from .graph.mirror import on_meta, tensor_on_meta
 from .memory.flops import Flops
 from .memory.footprint import working_set
 from .memory.live import LiveBytes
 from .model.streamed import Streamed
 from .scan.checks import check_image
-from .scan.mirror import on_meta, tensor_on_meta
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,9 @@ class Simulation:
         """Drop every record whose last reader has run. A later read of it fails with a KeyError."""
         self.most_held = max(self.most_held, sum(record.size for record in self.records.values()))
         for number, axis in enumerate(self.axes):
-            if all(step == one.count - 1 for one, step in zip(self.axes[number + 1 :], tile[number + 1 :], strict=True)):
+            if all(
+                step == one.count - 1 for one, step in zip(self.axes[number + 1 :], tile[number + 1 :], strict=True)
+            ):
                 for value, step in axis.expiring[tile[number]]:
                     self.records.pop((value, number, (*tile[:number], step)), None)
 
@@ -414,7 +416,10 @@ def test_what_is_carried_is_counted_without_a_scan(plan: Plan) -> None:
     assert simulation.most_held <= predicted
     first, _ = grid.axes
     records_of_a_band = grid.in_flight(dict.fromkeys(range(len(plan.graphs[0])), 1)) - max(
-        sum(grid.axes[1].held(value)[step] * max(one.shared for one in first.steps[value]) for value in range(len(plan.graphs[0])))
+        sum(
+            grid.axes[1].held(value)[step] * max(one.shared for one in first.steps[value])
+            for value in range(len(plan.graphs[0]))
+        )
         for step in range(grid.axes[1].count)
     )
     assert records_of_a_band <= simulation.most_held

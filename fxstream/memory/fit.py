@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ..errors import MemoryBudgetError
+from ..graph.mirror import tensor_on_meta
 from ..scan.call import Call
-from ..scan.mirror import tensor_on_meta
 from .footprint import working_set
 
 LEAST = 128

@@ -30,7 +30,7 @@ from ..errors import DoubleBackwardError, StreamingError
 from ..graph.serialize import dump_graph, load_graph
 from ..graph.trace import Assumptions, traced_again
 from ..memory.fit import Fit, fitted
-from ..scan.call import Call, new_call
+from ..scan.call import Call, Programs, new_call
 from ..scan.checks import (
     check_attributes,
     check_hooks,
@@ -67,6 +67,7 @@ class Streamed(nn.Module):
         """The converted model, in a tuple, since nn.Module would register it as a submodule. Empty in a copy of this
         module alone."""
         self._fits: dict[str, Fit] = {}
+        self._programs = Programs()
         self._other_modes: deque[Assumptions] = deque(maxlen=MOST_MODES)
         """What holds in other modes in which the model's graph has been found to be the same, the latest last."""
 
@@ -104,7 +105,7 @@ class Streamed(nn.Module):
         check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.assumptions.entered})
         check_attributes(owner, self._holding(owner).attributes)
-        call, tensors = new_call(self.graph, self.settings, modules, image, inputs)
+        call, tensors = new_call(self.graph, self.settings, modules, image, inputs, self._programs)
         if self.settings.tiling.sizes is None:
             tiles, budget = self._fitted(call, tensors)
             call = replace(call, tiles=tiles, budget=budget)
@@ -135,11 +136,12 @@ class Streamed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever owns the copy binds itself to it.
-        return {**vars(self), "graph": dump_graph(self.graph), "_owner": ()}
+        state = {name: value for name, value in vars(self).items() if name != "_programs"}
+        return {**state, "graph": dump_graph(self.graph), "_owner": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = upgraded(state)
-        state = {"_other_modes": deque(maxlen=MOST_MODES), **state}
+        state = {"_other_modes": deque(maxlen=MOST_MODES), "_programs": Programs(), **state}
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
 
 

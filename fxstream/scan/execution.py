@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .tiles import Scan
 
 
-
 class Execution:
     """One tile: its registers, what it reads, and where it leaves its results."""
 
@@ -36,9 +35,10 @@ class Execution:
         """A region of the image."""
         return self.regions[number]
 
-    def tensor(self, slot: int, index: Index) -> torch.Tensor:
-        """Rows of a tensor of the call that is not the image."""
-        return self.scan.tensors[slot][index]
+    def tensor(self, slot: int, value: int, tags: Mapping[int, int]) -> torch.Tensor:
+        """The rows of a tensor of the call that belong to the block of `value`."""
+        tensor = self.scan.tensors[slot]
+        return tensor[self.rows(value, tags, tensor.dim())]
 
     def rows(self, value: int, tags: Mapping[int, int], rank: int) -> Index:
         """The index into a tensor of `rank` dimensions that selects what belongs to the block of `value`.
@@ -104,9 +104,9 @@ class Recorded(Execution):
             return rows
         return self._leaf(rows, IMAGE_SLOT, self.scan.plan.regions(self.tile)[number])
 
-    def tensor(self, slot: int, index: Index) -> torch.Tensor:
-        rows = super().tensor(slot, index)
-        return self._leaf(rows, slot, index) if self.scan.tensors[slot].requires_grad else rows
+    def tensor(self, slot: int, value: int, tags: Mapping[int, int]) -> torch.Tensor:
+        rows, tensor = super().tensor(slot, value, tags), self.scan.tensors[slot]
+        return self._leaf(rows, slot, self.rows(value, tags, tensor.dim())) if tensor.requires_grad else rows
 
     def _leaf(self, rows: torch.Tensor, slot: int, index: Index) -> torch.Tensor:
         leaf = rows.detach().requires_grad_()
@@ -116,7 +116,7 @@ class Recorded(Execution):
     def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
         region = join.region
         # Otherwise those who read it would compute gradients that nobody wants.
-        if not join.differentiable or (block is not None and not _is_differentiable(block)):
+        if not self.scan.trained[region.value] or (block is not None and not _is_differentiable(block)):
             return region.taken(block, self.records, self.tile)
         *taken, end = Stitch.apply(region, self._tape, self._end, block)  # type: ignore[no-untyped-call]  # torch has no types for it
         if region.keeps:

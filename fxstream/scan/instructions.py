@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StreamingError
 from ..geometry.grid import Index
 from ..geometry.window import Span
-from ..ops import Noise, Typed
+from ..ops import Noise
+from .program import Made
 from .region import Region
 
 if TYPE_CHECKING:
@@ -58,13 +59,13 @@ class Load(Instruction):
 class Slice(Instruction):
     """Read the rows of a tensor, which does not depend on the image, that belong to the block of a value."""
 
-    def __init__(self, out: int, slot: int, value: int, tags: dict[int, int], rank: int):
+    def __init__(self, out: int, slot: int, value: int, tags: dict[int, int]):
         """`tags` says which of the tensor's dimensions are streamed axes, by number."""
         super().__init__((), (out,))
-        self.out, self.slot, self.value, self.tags, self.rank = out, slot, value, tags, rank
+        self.out, self.slot, self.value, self.tags = out, slot, value, tags
 
     def __call__(self, run: Execution) -> None:
-        run.registers[self.out] = run.tensor(self.slot, run.rows(self.value, self.tags, self.rank))
+        run.registers[self.out] = run.tensor(self.slot, self.value, self.tags)
 
     def __str__(self) -> str:
         return f"%{self.out} = rows of tensor {self.slot}"
@@ -87,19 +88,19 @@ class Draw(Instruction):
 
 
 class Make(Instruction):
-    """Make a tensor of the type of a value."""
+    """Make something of tensors of the call, or of the type of a value."""
 
-    def __init__(self, out: int, typed: Typed, like: int, value: int, tags: dict[int, int]):
+    def __init__(self, out: int, made: Made, like: int, value: int, tags: dict[int, int]):
         super().__init__((like,), (out,))
-        self.out, self.typed, self.like, self.value, self.tags = out, typed, like, value, tags
+        self.out, self.made, self.like, self.value, self.tags = out, made, like, value, tags
 
     def __call__(self, run: Execution) -> None:
-        made = self.typed.make(run.registers[self.like])
-        run.registers[self.out] = made[run.rows(self.value, self.tags, self.typed.dim())]
+        made = run.scan.made(self.made, run.registers[self.like])
+        run.registers[self.out] = made[run.rows(self.value, self.tags, made.dim())] if self.tags else made
         self.free(run.registers)
 
     def __str__(self) -> str:
-        return f"%{self.out} = made like %{self.like}" if self.like else f"%{self.out} = made"
+        return f"%{self.out} = made of the type of %{self.like}" if self.like else f"%{self.out} = made"
 
 
 class Compute(Instruction):
@@ -132,10 +133,9 @@ class Compute(Instruction):
 class Join(Instruction):
     """Put a region together, hand it to its readers, and keep what later tiles need."""
 
-    def __init__(self, outs: Sequence[int], block: int, region: Region, name: str, differentiable: bool):
-        super().__init__([block] if block else [], outs)
+    def __init__(self, outs: Sequence[int], block: int, region: Region, name: str):
+        super().__init__((block,), outs)
         self.outs, self.block, self.region, self.name = tuple(outs), block, region, name
-        self.differentiable = differentiable
 
     def __call__(self, run: Execution) -> None:
         registers = run.registers

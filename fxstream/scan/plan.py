@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,14 @@ from ..geometry.grid import Index, Layout, Tile
 from ..geometry.schedule import readers
 from ..geometry.window import Span
 from ..graph.nodes import label, leaves
-from ..ops import Noise, Sliced, Total, Typed
+from ..ops import Noise, Total
 from .instructions import NOTHING, Compute, Draw, Emit, Instruction, Join, Load, Make, Note, Slice
-from .program import Program, Step
+from .program import Edge, Made, Operand, Program, Slot, Step
 from .region import Region, index_of
+
+
+MOST_PLANS = 4
+"""How many plans are kept with a program: a model is rarely called with tiles of many sizes."""
 
 
 class TileProgram:
@@ -43,13 +47,14 @@ class Plan:
         typing: the values whose types the graph returns, or tensors of these types.
     """
 
-    def __init__(self, program: Program, tiles: Sequence[int], slots: Mapping[int, int]):
+    def __init__(self, program: Program, tiles: Sequence[int], tensors: int):
+        """`tensors` is how many a call has."""
         self.program = program
         self.grid = program.grid(tiles)
-        self.slots = slots
+        self.tensors = tensors
         found = [leaf for returned in program.returns for leaf in leaves(returned)]
         self.outputs = list(dict.fromkeys(key_of(leaf) for leaf in found if isinstance(leaf, (Value, Total))))
-        self.typing = {leaf.of.index for leaf in found if isinstance(leaf, Typed) and leaf.of}
+        self.typing = {leaf.like for leaf in found if isinstance(leaf, Made)} - {None}
         self._handed: dict[int, list[int]] = {}
         for number, output in enumerate(self.outputs):
             self._handed.setdefault(output if isinstance(output, int) else output.operand.index, []).append(number)
@@ -110,12 +115,21 @@ class Plan:
         return tuple(map(int, shape))
 
 
+def planned(program: Program, tiles: tuple[int, ...], tensors: int) -> Plan:
+    """The plan of a program for tiles of some sizes; one of the latest, if it is among these."""
+    plan: Plan = program.plans.pop(tiles, None) or Plan(program, tiles, tensors)
+    program.plans[tiles] = plan
+    for old in list(program.plans)[:-MOST_PLANS]:
+        program.plans.pop(old, None)
+    return plan
+
+
 class _Compiler:
     """Compiles the program of a tile."""
 
     def __init__(self, plan: Plan, tile: Tile):
         self.plan, self.tile = plan, tile
-        self.first = self.next = NOTHING + 1 + len(plan.slots)
+        self.first = self.next = NOTHING + 1 + plan.tensors
         self.instructions: list[Instruction] = []
         self.blocks: dict[int, int] = {}
         """Value -> the register of its block."""
@@ -135,7 +149,7 @@ class _Compiler:
                 self.instructions += [Emit(block, number, value) for number in handed]
                 self.instructions += [Note(block, value)] if value in plan.typing else []
             self._join(value, step, block)
-        return TileProgram(self.instructions, self.next - self.first, len(plan.slots))
+        return TileProgram(self.instructions, self.next - self.first, plan.tensors)
 
     def _register(self) -> int:
         self.next += 1
@@ -157,7 +171,7 @@ class _Compiler:
                 self.reads[reader] = registers[taken.index(read)] if read in taken else block
 
     def _compute(self, value: int, step: Step) -> int:
-        args = list(self._args(value, step))
+        args = self._args(value, step)
         spans: list[Any] = []
         for span in step.spans:
             spans.append(span if isinstance(span, Span) else (span, self.plan.grid.axes[span].spans[value]))
@@ -165,38 +179,30 @@ class _Compiler:
         self.instructions.append(Compute(out, step.node.name, step.local.run, args, spans))
         return out
 
-    def _args(self, value: int, step: Step) -> Iterator[int]:
+    def _args(self, value: int, step: Step) -> list[int]:
         """The registers of the operands."""
-        operands = step.local.operands
-        edges: dict[int, int] = {}
-        for place, operand in enumerate(operands):
-            if isinstance(operand, Value):
-                edges[place] = self.reads[value, len(edges)]
-        for place, operand in enumerate(operands):
-            if place in edges:
-                yield edges[place]
-            elif isinstance(operand, Noise):
-                out = self._register()
-                self.instructions.append(Draw(out, operand, value, place, edges[0]))
-                yield out
-            else:
-                assert isinstance(operand, Sliced)
-                yield self._sliced(value, operand, operands, edges)
+        edges = {one.number: self.reads[value, one.number] for one in step.operands if isinstance(one, Edge)}
+        types = {one.value: edges[one.number] for one in step.operands if isinstance(one, Edge)}
+        return [self._arg(value, place, operand, edges, types) for place, operand in enumerate(step.operands)]
 
-    def _sliced(self, value: int, operand: Sliced, operands: Sequence[Any], edges: Mapping[int, int]) -> int:
-        tags = {dim: self.plan.program.axes.index(tag) for dim, tag in operand.dims.items()}
-        tensor = operand.tensor
-        slot = None if isinstance(tensor, Typed) else self.plan.slots.get(id(tensor))
-        if slot is not None and not tags:
-            return NOTHING + 1 + slot
+    def _arg(self, value: int, place: int, operand: Operand, edges: Mapping[int, int], types: Mapping[int, int]) -> int:
+        """The register of an operand. `edges` are those of the values among the operands by number, `types` by value."""
+        if operand is None:
+            return NOTHING
+        if isinstance(operand, Edge):
+            return edges[operand.number]
+        if isinstance(operand, Slot) and not operand.dims:
+            return NOTHING + 1 + operand.slot
         out = self._register()
-        if slot is not None:
-            self.instructions.append(Slice(out, slot, value, tags, tensor.dim()))
+        if isinstance(operand, Noise):
+            self.instructions.append(Draw(out, operand, value, place, edges[0]))
             return out
-        if not isinstance(tensor, Typed):
-            tensor = Typed(None, lambda _, made=tensor: made)
-        like = NOTHING if tensor.of is None else edges[operands.index(tensor.of)]
-        self.instructions.append(Make(out, tensor, like, value, tags))
+        tags = {dim: self.plan.program.axes.index(tag) for dim, tag in operand.dims.items()}
+        if isinstance(operand, Slot):
+            self.instructions.append(Slice(out, operand.slot, value, tags))
+        else:
+            like = NOTHING if operand.like is None else types[operand.like]
+            self.instructions.append(Make(out, operand, like, value, tags))
         return out
 
     def _join(self, value: int, step: Step, block: int) -> None:
@@ -204,7 +210,7 @@ class _Compiler:
         registers = [self._register() for _ in taken]
         self._hand_out(value, layout, taken, registers, block)
         if region is not None:
-            self.instructions.append(Join(registers, block, region, label(step.node), step.differentiable))
+            self.instructions.append(Join(registers, block, region, label(step.node)))
 
 
 def key_of(leaf: Value | Total) -> int | Total:

@@ -194,8 +194,7 @@ class Stitch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`end` is what earlier joins have returned last: through it, the function is differentiated without a block, too.
-        """
+        """`end` is what earlier joins have returned last: through it, the function is differentiated without a block, too."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
         return (*region.taken(block, tape.records, tape.tile), end.detach())

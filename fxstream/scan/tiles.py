@@ -12,13 +12,14 @@ from ..errors import StreamingError
 from ..geometry.axes import Extent, Multiple, Value
 from ..geometry.grid import Tile
 from ..graph.nodes import label
-from ..ops import Noise, Total, Totals, Typed
+from ..ops import Noise, Total, Totals
 from .budget import Budget
 from .call import Call
 from .execution import Execution, Recorded, RecordedAhead
 from .fetch import Regions, fetch
 from .outputs import Accumulated, Output, Whole
-from .plan import Plan, key_of
+from .plan import key_of, planned
+from .program import Made, Slot
 from .records import Key, Records
 from .sums import IMAGE_SLOT, Sums, detached_leaves
 
@@ -40,15 +41,19 @@ class Scan:
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
         self.call = call
         self.tensors = tensors
-        program = call.program(tensors)
-        self.plan = Plan(program, call.tiles, {id(tensor): slot for slot, tensor in enumerate(tensors)})
-        self.program, self.grid = program, self.plan.grid
+        self.program = call.program(tensors)
+        self.plan = planned(self.program, call.tiles, len(tensors))
+        self.grid = self.plan.grid
+        self.trained = self.program.trained(tensors)
+        """For every value, whether it depends on something that requires a gradient."""
         self.outputs = [self._output(key) for key in self.plan.outputs]
         self.likes: dict[int, torch.Tensor] = {}
         """For each value whose type the graph returns an empty tensor of it, once a block has been computed."""
         self.noise: dict[tuple[int, int], torch.Tensor] = {}
         """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
-        self.random = any(isinstance(operand, Noise) for step in program.steps for operand in step.local.operands)
+        self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.operands)
+        self._made: dict[Made, Any] = {}
+        """What is made of tensors, and is the same for all tiles."""
 
     def _output(self, key: int | Total) -> Output:
         value = key if isinstance(key, int) else key.operand.index
@@ -61,8 +66,10 @@ class Scan:
         by_key = dict(zip(self.plan.outputs, outputs, strict=True))
 
         def fill(leaf: Any) -> Any:
-            if isinstance(leaf, Typed):
-                return leaf.make(None if leaf.of is None else self.likes[leaf.of.index])
+            if isinstance(leaf, Slot):
+                return self.tensors[leaf.slot]
+            if isinstance(leaf, Made):
+                return self.made(leaf, None if leaf.like is None else self.likes[leaf.like])
             if isinstance(leaf, (Extent, Multiple)):
                 return int(leaf)
             return by_key[key_of(leaf)] if isinstance(leaf, (Value, Total)) else leaf
@@ -72,11 +79,20 @@ class Scan:
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for `tensor`, (part of) the value, is of any use."""
         numeric = tensor.is_floating_point() or tensor.is_complex()
-        return numeric and self.program.step_of(value).differentiable
+        return numeric and self.trained[value]
+
+    def made(self, made: Made, like: torch.Tensor | None) -> Any:
+        """What is made of tensors of the call, or of the type of `like`; once, if it is the same for all tiles."""
+        given = [self.tensors[slot] for slot in made.slots]
+        if made.like is not None or any(tensor.requires_grad for tensor in given):
+            return made.make(like, *given)
+        if made not in self._made:
+            self._made[made] = made.make(None, *given)
+        return self._made[made]
 
     def draw_number(self, value: int, place: int, tile: int) -> int:
         """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
-        places = max(len(step.local.operands) for step in self.program.steps)
+        places = max(len(step.operands) for step in self.program.steps)
         return (tile * len(self.plan.readers) + value) * places + place
 
     def forward(self, keep: bool) -> Forward:
