@@ -54,11 +54,18 @@ def pointwise(
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
         filled = named | dict(zip(operands, blocks, strict=True))
-        result = function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
-        # An operation in place keeps the dtype of the operand that it overwrites.
-        return result.to(filled[0].dtype) if mutates else result
+        return function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
 
-    return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
+    # Most operations take operands and nothing else.
+    chosen = function if list(operands) == list(range(len(args))) and not kwargs else run
+    if mutates:
+        return Local(tuple(operands.values()), dims, partial(_keeping_dtype, chosen), mutates=args[0])
+    return Local(tuple(operands.values()), dims, chosen)
+
+
+def _keeping_dtype(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) -> torch.Tensor:
+    """What an operation in place leaves: it keeps the dtype of the operand that it overwrites, which is the first."""
+    return function(*blocks).to(blocks[0].dtype)
 
 
 def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Typed | Unknown) -> tuple[Dim, ...]:
