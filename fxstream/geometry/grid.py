@@ -4,10 +4,11 @@ The axes are independent, so a tile is one step of each. It computes the *fresh*
 its step computes, along every axis. In front of that block lie the rows that earlier tiles have kept for it; the two
 together are the value's *region*, from which its readers take what they need.
 
-What later tiles need of the blocks of a value is kept in *records*. A record of an axis belongs to one step of it and of
-each axis before it. It holds the rows that this axis carries; along the axes behind it everything, so that all tiles of a
-band write to one record of the first axis; and along the axes before it the rows that these do not carry, since a position
-is kept once, however many tiles read it. Only the corners of thin carries are kept twice (see `AxisStep.shared`).
+What later tiles need of the blocks of a value is kept in *records*. A record of an axis belongs to one step of it and
+of each axis before it. It holds the rows that this axis carries; along the axes behind it everything, so that all tiles
+of a band write to one record of the first axis; and along the axes before it the rows that these do not carry, since a
+position is kept once, however many tiles read it. Only the corners of thin carries are kept twice (see
+`AxisStep.shared`).
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class AxisStep:
 
     @property
     def shared(self) -> int:
-        """How many rows of the block the records of later axes hold: the first ones, those that this axis does not keep;
-        or all of them, if it keeps few."""
+        """How many rows of the block the records of later axes hold, from the first on: those that this axis does not
+        keep, or all of them if it keeps few."""
         return self.fresh if TWICE * (self.fresh - self.keep_from) <= self.fresh else self.keep_from
 
 
@@ -257,7 +257,7 @@ def _pace(size: int, count: int, tile: int) -> _Pace:
     which it advances reads its operation's weights and writes their gradients, whatever the number of rows.
     """
     rests = max(1, tile * count // (THIN * size))
-    # A power of two: values that rest for different numbers of steps then repeat together, and steps are of fewer kinds.
+    # A power of two, so that values that rest for different numbers of steps repeat together: steps are of fewer kinds.
     rests = 1 << rests.bit_length() - 1
     natural = -(-size * rests // count)
     # Half a step more than that: a short lag then ends with the last step instead of taking another.

@@ -120,7 +120,7 @@ class _Sample:
         """Bytes of the gradients of pieces that are alive at a time."""
         if not self.trains:
             return 0
-        trained = (value for value, _ in self.scan.program.computed() if self.scan.trained[value])
+        trained = (value for value, _ in self.scan.program.computed() if self.scan.shared.trained[value])
         return grid.in_flight({value: self._bytes(value) for value in trained})
 
     def _bytes(self, value: int) -> int:

@@ -3,82 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..geometry.grid import Index, Tile
 from ..ops import Noise
+from .call import Call
 from .instructions import Join
 from .noise import draw
+from .outputs import Output
+from .plan import Plan
+from .program import Made
 from .records import Records
 from .region import Stitch, Tape
 from .sums import IMAGE_SLOT, Leaf
 
-if TYPE_CHECKING:
-    from .tiles import Scan
+
+class Shared:
+    """What the tiles of a scan share."""
+
+    def __init__(self, call: Call, plan: Plan, tensors: Sequence[torch.Tensor], outputs: Sequence[Output]):
+        self.call, self.plan, self.tensors, self.outputs = call, plan, tensors, outputs
+        self.trained = plan.program.trained(tensors)
+        """For every value, whether it depends on something that requires a gradient."""
+        self.likes: dict[int, torch.Tensor] = {}
+        """For each value whose type the graph returns an empty tensor of it, once a block has been computed."""
+        self._noise: dict[tuple[int, int], torch.Tensor] = {}
+        """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
+        self._made: dict[Made, Any] = {}
+        """What is made of tensors, and is the same for all tiles."""
+
+    def made(self, made: Made, like: torch.Tensor | None) -> Any:
+        """What is made of tensors of the call, or of the type of `like`; once, if it is the same for all tiles."""
+        given = [self.tensors[slot] for slot in made.slots]
+        if made.like is not None or any(tensor.requires_grad for tensor in given):
+            return made.make(like, *given)
+        if made not in self._made:
+            self._made[made] = made.make(None, *given)
+        return self._made[made]
+
+    def drawn(self, noise: Noise, value: int, place: int, like: torch.Tensor, tile: Tile, rows: Index) -> torch.Tensor:
+        """The random numbers for `rows` of a value in a tile: its operand at `place`."""
+        whole = [int(dim.size) for dim in noise.dims]
+        if sum(dim.tag is not None for dim in noise.dims) == len(self.plan.program.axes):
+            # No two tiles share any of these: each tile draws its own, and none are kept.
+            number = self._draw_number(value, place, 1 + self.plan.grid.number(tile))
+            shape = [len(range(size)[kept]) for size, kept in zip(whole, rows, strict=True)]
+            return draw(self.call.seed, number, noise.draw, shape, like)
+        if (value, place) not in self._noise:
+            number = self._draw_number(value, place, 0)
+            self._noise[value, place] = draw(self.call.seed, number, noise.draw, whole, like)
+        return self._noise[value, place][rows]
+
+    def _draw_number(self, value: int, place: int, tile: int) -> int:
+        """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
+        places = max(len(step.operands) for step in self.plan.program.steps)
+        return (tile * len(self.plan.readers) + value) * places + place
 
 
 class Execution:
-    """One tile: its registers, what it reads, and where it leaves its results."""
+    """One tile: its registers, what it reads, and where it leaves its results. See `instructions.Run`."""
 
-    def __init__(self, scan: Scan, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
+    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
         """`regions` are those of the image that the tile reads, on the device that computes."""
-        self.scan, self.records, self.tile, self.regions = scan, records, tile, regions
-        program = scan.plan.tile(tile)
-        self.registers: list[Any] = [None, *scan.tensors, *[None] * program.registers]
+        self.shared, self.records, self.tile, self.regions = shared, records, tile, regions
+        program = shared.plan.tile(tile)
+        self.registers: list[Any] = [None, *shared.tensors, *[None] * program.registers]
         for instruction in program.instructions:
             instruction(self)
         self.registers = []
 
     def image(self, number: int) -> torch.Tensor:
-        """A region of the image."""
         return self.regions[number]
 
     def tensor(self, slot: int, value: int, tags: Mapping[int, int]) -> torch.Tensor:
-        """The rows of a tensor of the call that belong to the block of `value`."""
-        tensor = self.scan.tensors[slot]
+        tensor = self.shared.tensors[slot]
         return tensor[self.rows(value, tags, tensor.dim())]
 
     def rows(self, value: int, tags: Mapping[int, int], rank: int) -> Index:
-        """The index into a tensor of `rank` dimensions that selects what belongs to the block of `value`.
-
-        `tags` says which of the tensor's dimensions are streamed axes, by number.
-        """
-        fresh = self.scan.grid.fresh(value, self.tile)
+        fresh = self.shared.plan.grid.fresh(value, self.tile)
         return tuple(fresh[tags[dim]] if dim in tags else slice(None) for dim in range(rank))
 
     def drawn(self, noise: Noise, value: int, place: int, like: torch.Tensor) -> torch.Tensor:
-        """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
-        axes = self.scan.program.axes
+        axes = self.shared.plan.program.axes
         tags = {dim: axes.index(one.tag) for dim, one in enumerate(noise.dims) if one.tag is not None}
         rows = self.rows(value, tags, len(noise.dims))
-        whole = [int(dim.size) for dim in noise.dims]
-        if len(tags) == len(axes):
-            # No two tiles share any of these: each tile draws its own, and none are kept.
-            number = self.scan.draw_number(value, place, 1 + self.scan.grid.number(self.tile))
-            shape = [len(range(size)[kept]) for size, kept in zip(whole, rows, strict=True)]
-            return draw(self.scan.call.seed, number, noise.draw, shape, like)
-        shared = self.scan.noise
-        if (value, place) not in shared:
-            number = self.scan.draw_number(value, place, 0)
-            shared[value, place] = draw(self.scan.call.seed, number, noise.draw, whole, like)
-        return shared[value, place][rows]
+        return self.shared.drawn(noise, value, place, like, self.tile, rows)
+
+    def made(self, made: Made, like: torch.Tensor | None) -> Any:
+        return self.shared.made(made, like)
 
     def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """What is read of a region; what later tiles need of it is kept."""
         taken = join.region.taken(block, self.records, self.tile)
         if block is not None:
             join.region.keep(block, self.records, self.tile)
         return taken
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
-        """Hand a block to an output."""
-        self.scan.outputs[number].add(self.scan.plan.fresh(value, self.tile), block)
+        self.shared.outputs[number].add(self.shared.plan.fresh(value, self.tile), block)
 
     def note(self, value: int, block: torch.Tensor) -> None:
-        """Note the type of a value."""
-        self.scan.likes[value] = block.new_empty(0)
+        self.shared.likes[value] = block.new_empty(0)
 
 
 class Recorded(Execution):
@@ -87,7 +113,7 @@ class Recorded(Execution):
     What it reads of the image and of sliced tensors are leaves of the graph, whose gradients are added up afterwards.
     """
 
-    def __init__(self, scan: Scan, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
+    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
         self.leaves: list[Leaf] = []
         self.blocks: list[tuple[int, int, torch.Tensor]] = []
         """The blocks of the outputs: the place of the output, its value, and the block."""
@@ -95,17 +121,17 @@ class Recorded(Execution):
         self.begin = self._end = torch.zeros((), requires_grad=True)
         """A leaf on which all joins depend; and what depends on all joins that keep rows. If it is differentiated, too,
         each of these finds what it is owed."""
-        with torch.enable_grad(), scan.call.autocasting():
-            super().__init__(scan, records, tile, regions)
+        with torch.enable_grad(), shared.call.autocasting():
+            super().__init__(shared, records, tile, regions)
 
     def image(self, number: int) -> torch.Tensor:
         rows = super().image(number)
-        if not self.scan.tensors[IMAGE_SLOT].requires_grad:
+        if not self.shared.tensors[IMAGE_SLOT].requires_grad:
             return rows
-        return self._leaf(rows, IMAGE_SLOT, self.scan.plan.regions(self.tile)[number])
+        return self._leaf(rows, IMAGE_SLOT, self.shared.plan.regions(self.tile)[number])
 
     def tensor(self, slot: int, value: int, tags: Mapping[int, int]) -> torch.Tensor:
-        rows, tensor = super().tensor(slot, value, tags), self.scan.tensors[slot]
+        rows, tensor = super().tensor(slot, value, tags), self.shared.tensors[slot]
         return self._leaf(rows, slot, self.rows(value, tags, tensor.dim())) if tensor.requires_grad else rows
 
     def _leaf(self, rows: torch.Tensor, slot: int, index: Index) -> torch.Tensor:
@@ -116,9 +142,10 @@ class Recorded(Execution):
     def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
         region = join.region
         # Otherwise those who read it would compute gradients that nobody wants.
-        if not self.scan.trained[region.value] or (block is not None and not _is_differentiable(block)):
+        if not self.shared.trained[region.value] or (block is not None and not _is_differentiable(block)):
             return region.taken(block, self.records, self.tile)
-        *taken, end = Stitch.apply(region, self._tape, self._end, block)  # type: ignore[no-untyped-call]  # torch has no types for it
+        taken: list[torch.Tensor]
+        *taken, end = Stitch.apply(region, self._tape, self._end, block)
         if region.keeps:
             self._end = end
         return taken
@@ -150,8 +177,8 @@ class Recorded(Execution):
 class RecordedAhead(Recorded):
     """A tile of the forward scan that is computed with autograd, so that it need not be computed again."""
 
-    def __init__(self, scan: Scan, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
-        super().__init__(scan, records, tile, regions)
+    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
+        super().__init__(shared, records, tile, regions)
         # The backward scan has records of its own.
         self._tape.records = self.records = None  # type: ignore[assignment]
 

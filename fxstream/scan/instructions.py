@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
 
 from ..errors import StreamingError
-from ..geometry.grid import Index
+from ..geometry.grid import Index, Tile
 from ..geometry.window import Span
 from ..ops import Noise
 from .program import Made
 from .region import Region
 
-if TYPE_CHECKING:
-    from .execution import Execution
-
 NOTHING = 0
 """The register that always holds None."""
+
+
+class Run(Protocol):
+    """What instructions need of the tile that executes them."""
+
+    registers: list[Any]
+    tile: Tile
+
+    def image(self, number: int) -> torch.Tensor:
+        """A region of the image, by its place among those of the tile."""
+
+    def rows(self, value: int, tags: Mapping[int, int], rank: int) -> Index:
+        """The index into a tensor of `rank` dimensions that selects what belongs to the block of `value`.
+
+        `tags` says which of the tensor's dimensions are streamed axes, by number.
+        """
+
+    def tensor(self, slot: int, value: int, tags: Mapping[int, int]) -> torch.Tensor:
+        """The rows of a tensor of the call that belong to the block of `value`."""
+
+    def drawn(self, noise: Noise, value: int, place: int, like: torch.Tensor) -> torch.Tensor:
+        """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
+
+    def made(self, made: Made, like: torch.Tensor | None) -> Any:
+        """What is made of tensors of the call, or of the type of `like`."""
+
+    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """What is read of a region; what later tiles need of it is kept."""
+
+    def emit(self, number: int, value: int, block: torch.Tensor) -> None:
+        """Hand a block of `value` to an output, by its place among those of the scan."""
+
+    def note(self, value: int, block: torch.Tensor) -> None:
+        """Note the type of a value."""
 
 
 class Instruction(ABC):
@@ -29,7 +62,7 @@ class Instruction(ABC):
         """The registers that no later instruction reads."""
 
     @abstractmethod
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         """Execute it in one tile."""
 
     @abstractmethod
@@ -49,7 +82,7 @@ class Load(Instruction):
         super().__init__((), (out,))
         self.out, self.number, self.rows = out, number, rows
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         run.registers[self.out] = run.image(self.number)
 
     def __str__(self) -> str:
@@ -64,7 +97,7 @@ class Slice(Instruction):
         super().__init__((), (out,))
         self.out, self.slot, self.value, self.tags = out, slot, value, tags
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         run.registers[self.out] = run.tensor(self.slot, self.value, self.tags)
 
     def __str__(self) -> str:
@@ -79,7 +112,7 @@ class Draw(Instruction):
         super().__init__((like,), (out,))
         self.out, self.noise, self.value, self.place, self.like = out, noise, value, place, like
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         run.registers[self.out] = run.drawn(self.noise, self.value, self.place, run.registers[self.like])
         self.free(run.registers)
 
@@ -94,8 +127,8 @@ class Make(Instruction):
         super().__init__((like,), (out,))
         self.out, self.made, self.like, self.value, self.tags = out, made, like, value, tags
 
-    def __call__(self, run: Execution) -> None:
-        made = run.scan.made(self.made, run.registers[self.like])
+    def __call__(self, run: Run) -> None:
+        made = run.made(self.made, run.registers[self.like])
         run.registers[self.out] = made[run.rows(self.value, self.tags, made.dim())] if self.tags else made
         self.free(run.registers)
 
@@ -118,7 +151,7 @@ class Compute(Instruction):
         super().__init__(args, (out,))
         self.out, self.name, self.run, self.args, self.spans = out, name, run, tuple(args), tuple(spans)
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         registers = run.registers
         registers[self.out] = self.run(
             *[registers[arg] for arg in self.args],
@@ -137,7 +170,7 @@ class Join(Instruction):
         super().__init__((block,), outs)
         self.outs, self.block, self.region, self.name = tuple(outs), block, region, name
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         registers = run.registers
         block = registers[self.block]
         if block is not None and block.shape != self.region.block_shape:
@@ -167,7 +200,7 @@ class Emit(Instruction):
         super().__init__((block,), ())
         self.block, self.number, self.value = block, number, value
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         run.emit(self.number, self.value, run.registers[self.block])
         self.free(run.registers)
 
@@ -182,7 +215,7 @@ class Note(Instruction):
         super().__init__((block,), ())
         self.block, self.value = block, value
 
-    def __call__(self, run: Execution) -> None:
+    def __call__(self, run: Run) -> None:
         run.note(self.value, run.registers[self.block])
         self.free(run.registers)
 

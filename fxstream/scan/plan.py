@@ -16,7 +16,6 @@ from .instructions import NOTHING, Compute, Draw, Emit, Instruction, Join, Load,
 from .program import Edge, Made, Operand, Program, Slot, Step
 from .region import Region, index_of
 
-
 MOST_PLANS = 4
 """How many plans are kept with a program: a model is rarely called with tiles of many sizes."""
 
@@ -83,8 +82,8 @@ class Plan:
         return found
 
     def region(self, value: int, tile: Tile) -> tuple[Layout, Sequence[Index], Region | None]:
-        """How a tile treats the region of a value: its layout, the rows that are taken of it besides the fresh block, and
-        how it is put together if that is needed."""
+        """How a tile treats the region of a value: its layout, the rows that are taken of it besides the fresh block,
+        and how it is put together if that is needed."""
         key = (value, *(axis.alike[value][step] for axis, step in zip(self.grid.axes, tile, strict=True)))
         if key not in self._regions:
             layout = self.grid.layout(value, tile)
@@ -186,7 +185,7 @@ class _Compiler:
         return [self._arg(value, place, operand, edges, types) for place, operand in enumerate(step.operands)]
 
     def _arg(self, value: int, place: int, operand: Operand, edges: Mapping[int, int], types: Mapping[int, int]) -> int:
-        """The register of an operand. `edges` are those of the values among the operands by number, `types` by value."""
+        """The register of an operand; `edges` are those of the values among them by number, `types` by value."""
         if operand is None:
             return NOTHING
         if isinstance(operand, Edge):

@@ -106,7 +106,7 @@ def empty_like(block: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
 
 
 def strides_like(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a dense tensor whose dimensions are in the same order in memory as those of a tensor with these."""
+    """The strides of a dense tensor of another shape whose dimensions are in the same order in memory."""
     order = list(range(len(shape)))
     if 0 not in stride:  # not expanded
         order.sort(key=stride.__getitem__, reverse=True)

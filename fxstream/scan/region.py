@@ -53,11 +53,15 @@ class RecordRows:
         self.place = Rows(kept.place, dims, shape)
         behind = range(kept.axis + 1, len(dims))
         self._moving = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
-        """The axes along which the record is whole: their dimensions, and for every step the first row of the region."""
+        """The axes along which the record is whole, each with its dimension and the region's first row at every step."""
 
-    def record(self, records: Records, tile: Tile) -> Record:
-        """The record that is read; or the one that is written to, None if it has not been begun."""
-        return records.live[self.axis][tile[self.axis] - self.ago][self.value]  # type: ignore[return-value]  # a record that is read is there
+    def record(self, records: Records, tile: Tile) -> Record | None:
+        """The record; None if nobody has written to it yet."""
+        return records.live[self.axis][tile[self.axis] - self.ago][self.value]
+
+    def read(self, records: Records, tile: Tile) -> Record:
+        """The record that a tile reads, to which an earlier one has written."""
+        return self.record(records, tile)  # type: ignore[return-value]  # so it is there
 
     def of(self, tensor: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The rows of a record, or of its gradient, that belong to a tile."""
@@ -71,14 +75,14 @@ class RecordRows:
 
 
 class Region:
-    """The region of a value in tiles that treat it alike: how it is put together, what is read and what is kept of it."""
+    """The region of a value in tiles that treat it alike: how it is put together, what is read and kept of it."""
 
     def __init__(
         self, value: int, layout: Layout, reads: Sequence[Index], grid: Grid, tile: Tile, whole: Shape, dims: Shape
     ):
         """`reads` are those rows of the region that anybody takes and that are not just the fresh block.
 
-        `whole` is the shape of the whole value, whose streamed axes are its dimensions `dims`; `tile` is one of the tiles.
+        `whole` is the shape of the whole value, whose streamed axes are its dimensions `dims`; `tile` is one of these.
         """
         self.value = value
         extent = tuple(slice(0, rows) for rows in layout.extent)
@@ -107,7 +111,7 @@ class Region:
     def _assembled(self, block: torch.Tensor | None, records: Records, tile: Tile) -> torch.Tensor:
         if block is not None and not self.parts:
             return block
-        parts = [part.of(part.record(records, tile).rows, tile) for part in self.parts]
+        parts = [part.of(part.read(records, tile).rows, tile) for part in self.parts]
         if block is None and len(parts) == 1:
             return parts[0]
         region = self._empty(parts[0] if block is None else block)
@@ -145,10 +149,10 @@ class Region:
         block = total
         if total is not None and self.parts:
             for part in self.parts:
-                part.of(part.record(records, tile).owing(), tile).add_(part.place.of(total))
+                part.of(part.read(records, tile).owing(), tile).add_(part.place.of(total))
             block = None if self.own is None else self.own.of(total)
         for keep in self.keeps:
-            owed = keep.record(records, tile).owed
+            owed = keep.read(records, tile).owed
             if owed is None:
                 continue
             if block is None:
@@ -188,13 +192,13 @@ class Tape:
 class Stitch(torch.autograd.Function):
     """What is read of a region, for autograd.
 
-    In the backward pass it adds to what is owed to the records that it has read, and takes what is owed to those that it
-    has kept. So carried rows are no leaves of the tile's graph, and kept rows no roots.
+    In the backward pass it adds to what is owed to the records that it has read, and takes what is owed to those that
+    the tile has written to. So carried rows are no leaves of the tile's graph, and kept rows no roots.
     """
 
     @staticmethod
     def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`end` is what earlier joins have returned last: through it, the function is differentiated without a block, too."""
+        """`end` is what an earlier join has returned last: through it, this one is differentiated without a block, too."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
         return (*region.taken(block, tape.records, tape.tile), end.detach())

@@ -19,8 +19,8 @@ class Leaf(NamedTuple):
     rows: torch.Tensor
     slot: int
     """The place of the tensor among those of the call."""
-    index: tuple[slice, ...]
-    """Which rows of it."""
+    part: tuple[slice, ...]
+    """Which rows of it, as an index."""
 
 
 def detached_leaves(tensors: Sequence[torch.Tensor], trained: Sequence[bool]) -> list[torch.Tensor]:
@@ -32,11 +32,11 @@ def detached_leaves(tensors: Sequence[torch.Tensor], trained: Sequence[bool]) ->
 
 
 class Sums:
-    """The sums of the gradients of the tensors of a call, to which autograd itself adds: they are the `.grad` of leaves.
+    """The sums of the gradients of the tensors of a call: the `.grad` of leaves, to which autograd itself adds.
 
-    Each sum starts from zeros of its own, since the first gradient that autograd hands a leaf may be used elsewhere. The
-    sums are in float32 or better, since every tile may add to them. That of the image has the image's own dtype: few
-    tiles read a pixel, and the sum may be large.
+    Each sum starts from zeros of its own, since the first gradient that autograd hands a leaf may be used elsewhere.
+    The sums are in float32 or better, since every tile may add to them. That of the image has the image's own dtype:
+    few tiles read a pixel, and the sum may be large.
     """
 
     def __init__(self, leaves: Sequence[torch.Tensor]):
@@ -73,10 +73,10 @@ class Sums:
 
     def add(self, leaves: Iterable[Leaf]) -> None:
         """Add the gradients of parts of the tensors."""
-        for rows, slot, index in leaves:
+        for rows, slot, part in leaves:
             if rows.grad is not None and slot in self._totals:
                 total = self._totals[slot]
-                total[index].add_(rows.grad.to(total.device))
+                total[part].add_(rows.grad.to(total.device))
 
     def of_tensors(self) -> list[torch.Tensor | None]:
         """The gradient of every tensor of the call; None for one to which nothing was added."""

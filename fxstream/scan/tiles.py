@@ -15,7 +15,7 @@ from ..graph.nodes import label
 from ..ops import Noise, Total, Totals
 from .budget import Budget
 from .call import Call
-from .execution import Execution, Recorded, RecordedAhead
+from .execution import Execution, Recorded, RecordedAhead, Shared
 from .fetch import Regions, fetch
 from .outputs import Accumulated, Output, Whole
 from .plan import key_of, planned
@@ -39,21 +39,13 @@ class Scan:
     """The tiles of one call, computed with the call's tensors or with leaves that share their memory."""
 
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
-        self.call = call
-        self.tensors = tensors
+        self.call, self.tensors = call, tensors
         self.program = call.program(tensors)
         self.plan = planned(self.program, call.tiles, len(tensors))
         self.grid = self.plan.grid
-        self.trained = self.program.trained(tensors)
-        """For every value, whether it depends on something that requires a gradient."""
         self.outputs = [self._output(key) for key in self.plan.outputs]
-        self.likes: dict[int, torch.Tensor] = {}
-        """For each value whose type the graph returns an empty tensor of it, once a block has been computed."""
-        self.noise: dict[tuple[int, int], torch.Tensor] = {}
-        """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
+        self.shared = Shared(call, self.plan, tensors, self.outputs)
         self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.operands)
-        self._made: dict[Made, Any] = {}
-        """What is made of tensors, and is the same for all tiles."""
 
     def _output(self, key: int | Total) -> Output:
         value = key if isinstance(key, int) else key.operand.index
@@ -69,7 +61,7 @@ class Scan:
             if isinstance(leaf, Slot):
                 return self.tensors[leaf.slot]
             if isinstance(leaf, Made):
-                return self.made(leaf, None if leaf.like is None else self.likes[leaf.like])
+                return self.shared.made(leaf, None if leaf.like is None else self.shared.likes[leaf.like])
             if isinstance(leaf, (Extent, Multiple)):
                 return int(leaf)
             return by_key[key_of(leaf)] if isinstance(leaf, (Value, Total)) else leaf
@@ -79,28 +71,14 @@ class Scan:
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for `tensor`, (part of) the value, is of any use."""
         numeric = tensor.is_floating_point() or tensor.is_complex()
-        return numeric and self.trained[value]
-
-    def made(self, made: Made, like: torch.Tensor | None) -> Any:
-        """What is made of tensors of the call, or of the type of `like`; once, if it is the same for all tiles."""
-        given = [self.tensors[slot] for slot in made.slots]
-        if made.like is not None or any(tensor.requires_grad for tensor in given):
-            return made.make(like, *given)
-        if made not in self._made:
-            self._made[made] = made.make(None, *given)
-        return self._made[made]
-
-    def draw_number(self, value: int, place: int, tile: int) -> int:
-        """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
-        places = max(len(step.operands) for step in self.program.steps)
-        return (tile * len(self.plan.readers) + value) * places + place
+        return numeric and self.shared.trained[value]
 
     def forward(self, keep: bool) -> Forward:
         """Compute the outputs; with `keep`, also what the backward scan needs."""
         records = Records(self.grid, self.call.device, self.tensors[IMAGE_SLOT].device, keep)
         recorded: dict[Tile, Recorded] = {}
         budget = Budget(self.call.budget if keep else 0, self.tensors)
-        recording = self._on_leaves() if budget.left else self
+        recording = self._on_leaves() if budget.left else self.shared
         with torch.no_grad(), self.call.autocasting():
             for tile, regions in self._fetched(self.grid.tiles()):
                 if budget.left:
@@ -111,7 +89,7 @@ class Scan:
                     # Nothing of this tile may be alive while the next one is computed.
                     del done
                 else:
-                    Execution(self, records, tile, regions)
+                    Execution(self.shared, records, tile, regions)
                 records.leave(tile)
             records.settle()
             outputs = tuple(output.result() for output in self.outputs)
@@ -157,9 +135,9 @@ class Scan:
         """Add the gradients of one tile to the sums; compute the tile again unless it is `done`."""
         only = None
         if done is None:
-            done = Recorded(self, records, *next(fetched))
+            done = Recorded(self.shared, records, *next(fetched))
         else:
-            only = [*sums.shared_with(done.scan.tensors), done.begin, *sums.wanted(done.leaves)]
+            only = [*sums.shared_with(done.shared.tensors), done.begin, *sums.wanted(done.leaves)]
 
         def gradient(number: int, value: int, block: torch.Tensor) -> torch.Tensor | None:
             given = gradients[number]
@@ -168,11 +146,12 @@ class Scan:
         done.backward(records, gradient, only)
         sums.add(done.leaves)
 
-    def _on_leaves(self) -> Scan:
-        """The same scan with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
-        scan = Scan(self.call, detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
-        scan.likes, scan.outputs = self.likes, self.outputs
-        return scan
+    def _on_leaves(self) -> Shared:
+        """The same with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
+        leaves = detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors])
+        shared = Shared(self.call, self.plan, leaves, self.outputs)
+        shared.likes = self.shared.likes
+        return shared
 
     def _fetched(self, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Regions]]:
         """Tiles, each with the regions of the image that it reads."""
