@@ -53,7 +53,7 @@ class RecordRows:
         self.place = Rows(kept.place, dims, shape)
         behind = range(kept.axis + 1, len(dims))
         self._moving = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
-        """The axes along which the record is whole, each with its dimension and the region's first row at every step."""
+        """The axes along which the record is whole, their dimensions, and the region's first row at every step."""
 
     def record(self, records: Records, tile: Tile) -> Record | None:
         """The record; None if nobody has written to it yet."""
@@ -198,7 +198,7 @@ class Stitch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`end` is what an earlier join has returned last: through it, this one is differentiated without a block, too."""
+        """`end` is what an earlier join has returned last: through it, this one is differentiated even without a block."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
         return (*region.taken(block, tape.records, tape.tile), end.detach())
