@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..geometry.axes import IMAGE, Dim, Value
 from ..graph.attributes import INCOMPARABLE, fingerprint
-from ..graph.borrowed import Part, Record, parts_of, tensors_of
+from ..graph.borrowed import Part, Record, tensors_of
 from ..ops import Given, Typed, registrations
 from .noise import new_seed
 from .program import Program, lower
@@ -82,7 +82,7 @@ class Call:
         if "_lowered" not in vars(self):
             vars(self)["_lowered"] = self.programs.of(self, tensors)
         lowered: Program = vars(self)["_lowered"]
-        return lowered.trained(tensors)
+        return lowered.training(tensors)
 
     def lowered(self, tensors: Sequence[torch.Tensor], record: Record) -> Program:
         """Ask the rules. `record` notes what they read of the modules."""
@@ -125,7 +125,7 @@ class Programs:
             program, record = self._kept.pop(key, (None, None))
         if program is None or record is None or not (record.comparable and record.holds(call.parts)):
             record = Record(call.parts)
-            program = call.lowered(tensors, record)
+            program = call.lowered(tensors, record).training(tensors)
             record.close()
         if record.comparable and inputs is not INCOMPARABLE:
             with self._lock:
@@ -159,7 +159,8 @@ def new_call(
     programs: Programs,
 ) -> tuple[Call, list[torch.Tensor]]:
     """A call and its tensors, read from the modules as they are now."""
-    state = {(path, name): tensor for path, module in modules.items() for name, tensor in tensors_of(module).items()}
+    parts = {path: list(module.named_modules(remove_duplicate=False)) for path, module in modules.items()}
+    state = {(path, name): tensor for path, inside in parts.items() for name, tensor in tensors_of(inside).items()}
     template = tree_map(lambda leaf: _Tensor if isinstance(leaf, torch.Tensor) else leaf, tuple(inputs))
     tensors = [*(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), *state.values()]
     computing = state.values() or tensors or [image]
@@ -170,7 +171,7 @@ def new_call(
         tiles=settings.tiling.sizes or (),
         budget=settings.memory_budget,
         modules=modules,
-        parts=tuple(part for path, module in modules.items() for part in parts_of(path, module)),
+        parts=tuple((f"{path}.{inner}" if inner else path, part) for path, own in parts.items() for inner, part in own),
         shape=tuple(image.shape),
         inputs=template,
         state=tuple(state),

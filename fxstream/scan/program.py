@@ -86,6 +86,8 @@ class Program:
     """One per value but the image, in their order."""
     returns: tuple[Any, ...]
     """What the graph returns, nested as it is: values, totals, facts, and `Slot` and `Made` for tensors."""
+    trained: tuple[bool, ...] = ()
+    """For every tensor of the call whether it requires a gradient, as far as the steps know."""
 
     def step_of(self, value: int) -> Step:
         """The step that computes a value; the image has none."""
@@ -127,17 +129,17 @@ class Program:
                 raise NotLocalError(f"{where}, along {axis} of an image of {size}: {error}") from None
         return Grid(tuple(planned), self.axes, ["image", *(step.node.name for step in self.steps)])
 
-    def trained(self, tensors: Sequence[torch.Tensor]) -> Program:
-        """The same for tensors of which others require a gradient: what depends on them is known anew."""
-        trained = [tensor.requires_grad for tensor in tensors]
-        known = [trained[IMAGE]]
-        for step in self.steps:
-            used = any(_is_trained(operand, known, trained) for operand in step.operands)
-            known.append(used and step.local.differentiable)
-        if known[1:] == [step.differentiable for step in self.steps]:
+    def training(self, tensors: Sequence[torch.Tensor]) -> Program:
+        """The same for tensors of a call of which others may require a gradient. No rule is asked again."""
+        trained = tuple([tensor.requires_grad for tensor in tensors])
+        if trained == self.trained:
             return self
-        steps = (replace(step, differentiable=now) for step, now in zip(self.steps, known[1:], strict=True))
-        return replace(self, steps=tuple(steps))
+        values = [trained[IMAGE]]
+        for step in self.steps:
+            used = any(_is_trained(operand, values, trained) for operand in step.operands)
+            values.append(used and step.local.differentiable)
+        steps = (replace(step, differentiable=now) for step, now in zip(self.steps, values[1:], strict=True))
+        return replace(self, steps=tuple(steps), trained=trained)
 
 
 def _is_trained(operand: Operand, values: Sequence[bool], slots: Sequence[bool]) -> bool:
