@@ -54,7 +54,7 @@ def answer(
     if rule is None:
         return NotLocal(f"has no streaming rule ({operation(node, module)})", "register one, see fxstream.register")
     if module is not None:
-        given = tensors_of(module) if tensors is None else tensors
+        given = tensors_of(module.named_modules(remove_duplicate=False)) if tensors is None else tensors
         own = borrowed(module, str(node.target), reader, given, record)
         if freeze_batchnorm and isinstance(module, _BatchNorm):
             own.freeze()

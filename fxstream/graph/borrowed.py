@@ -17,24 +17,19 @@ from .mirror import mirror
 _ABSENT = object()
 """The value of an attribute that a module does not have."""
 Part = tuple[str, nn.Module]
-"""A module in a module that a graph calls, by a path of its own."""
+"""A module and its path."""
 
 
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, buffers and other attributes that are tensors, by their path in the module."""
+def tensors_of(parts: Iterable[Part]) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and other attributes that are tensors, by path, of modules that are given by path."""
     found: dict[str, torch.Tensor] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        own = {**vars(part), **part._buffers, **part._parameters}
+    for path, part in parts:
         start = f"{path}." if path else ""
-        found |= {start + name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+        for held in (vars(part), part._buffers, part._parameters):
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor):
+                    found[start + name] = value
     return found
-
-
-def parts_of(path: str, module: nn.Module) -> list[Part]:
-    """All modules in a module that a graph calls, itself among them."""
-    return [
-        (f"{path}.{inner}" if inner else path, part) for inner, part in module.named_modules(remove_duplicate=False)
-    ]
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -158,7 +153,7 @@ class Borrowed:
     def _stray(self, leaf: Any) -> Any:
         """What may be in a container: for a tensor or module that is not registered, one that refuses to compute."""
         if isinstance(leaf, nn.Module):
-            return with_tensors(leaf, named(tensors_of(leaf), self._reader))
+            return with_tensors(leaf, named(tensors_of(leaf.named_modules(remove_duplicate=False)), self._reader))
         return leaf if isinstance(leaf, Given) else named(leaf, self._reader)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

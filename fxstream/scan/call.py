@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..geometry.axes import IMAGE, Dim, Value
 from ..graph.attributes import INCOMPARABLE, fingerprint
-from ..graph.borrowed import Part, Record, parts_of, tensors_of
+from ..graph.borrowed import Part, Record, tensors_of
 from ..ops import Given, Typed, registrations
 from .noise import new_seed
 from .program import Program, lower
@@ -161,7 +161,8 @@ def new_call(
     programs: Programs,
 ) -> tuple[Call, list[torch.Tensor]]:
     """A call and its tensors, read from the modules as they are now."""
-    state = {(path, name): tensor for path, module in modules.items() for name, tensor in tensors_of(module).items()}
+    parts = {path: list(module.named_modules(remove_duplicate=False)) for path, module in modules.items()}
+    state = {(path, name): tensor for path, inside in parts.items() for name, tensor in tensors_of(inside).items()}
     template = tree_map(lambda leaf: _Tensor if isinstance(leaf, torch.Tensor) else leaf, tuple(inputs))
     tensors = [*(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), *state.values()]
     computing = state.values() or tensors or [image]
@@ -172,7 +173,7 @@ def new_call(
         tiles=settings.tiling.sizes or (),
         budget=settings.memory_budget,
         modules=modules,
-        parts=tuple(part for path, module in modules.items() for part in parts_of(path, module)),
+        parts=tuple((f"{path}.{inner}" if inner else path, part) for path, own in parts.items() for inner, part in own),
         shape=tuple(image.shape),
         inputs=template,
         state=tuple(state),

@@ -198,7 +198,7 @@ class Stitch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, region: Region, tape: Tape, end: torch.Tensor, block: torch.Tensor | None) -> Any:
-        """`end` is what an earlier join has returned last: through it, this one is differentiated even without a block."""
+        """`end` is what an earlier join has returned last, so that this one is differentiated even without a block."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
         return (*region.taken(block, tape.records, tape.tile), end.detach())
