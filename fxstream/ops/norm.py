@@ -56,6 +56,8 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
     in the layout of the other. An instance norm of one image always makes such a stride. A batch norm meets one with a
     single image or a single row, and blocks have a single row more often than images do.
     """
+    if not (result.requires_grad and result.is_cpu and 1 in result.shape):
+        return result
     strides = result.stride()
 
     def lay_out(gradient: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,7 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
             return gradient
         return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
 
-    if result.requires_grad:
-        result.register_hook(lay_out)  # type: ignore[no-untyped-call]  # torch has no types for it
+    result.register_hook(lay_out)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
 
 

@@ -65,7 +65,8 @@ def pointwise(
 
 def _keeping_dtype(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) -> torch.Tensor:
     """What an operation in place leaves: it keeps the dtype of the operand that it overwrites, which is the first."""
-    return function(*blocks).to(blocks[0].dtype)
+    result = function(*blocks)
+    return result if result.dtype is blocks[0].dtype else result.to(blocks[0].dtype)
 
 
 def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Typed | Unknown) -> tuple[Dim, ...]:

@@ -153,10 +153,10 @@ class Compute(Instruction):
 
     def __call__(self, run: Run) -> None:
         registers = run.registers
-        registers[self.out] = self.run(
-            *[registers[arg] for arg in self.args],
-            *[span if isinstance(span, Span) else span[1][run.tile[span[0]]][0] for span in self.spans],  # type: ignore[index]
-        )
+        given = [registers[arg] for arg in self.args]
+        for span in self.spans:
+            given.append(span if isinstance(span, Span) else span[1][run.tile[span[0]]][0])  # type: ignore[index]
+        registers[self.out] = self.run(*given)
         self.free(registers)
 
     def __str__(self) -> str:
@@ -184,7 +184,7 @@ class Join(Instruction):
 
     def __str__(self) -> str:
         region = self.region
-        sources = [f"{part.rows.shape} of record {part.axis}, {part.ago} steps ago" for part in region.parts]
+        sources = [f"{part.shape} of record {part.axis}, {part.ago} steps ago" for part in region.parts]
         sources = [*sources, f"%{self.block}"] if self.block else sources
         kept = [f"keep {keep.place.shape} in record {keep.axis}" for keep in region.keeps]
         outs = ", ".join(f"%{out}" for out in self.outs)

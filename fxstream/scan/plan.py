@@ -23,9 +23,12 @@ MOST_PLANS = 4
 class TileProgram:
     """What the tiles of one kind do: a flat list of instructions. `print` shows them."""
 
-    def __init__(self, instructions: Sequence[Instruction], registers: int, tensors: int):
-        """`registers` is how many there are besides those of the `tensors` of the call."""
-        self.instructions, self.registers = tuple(instructions), registers
+    def __init__(self, loads: Sequence[Index], instructions: Sequence[Instruction], registers: int, tensors: int):
+        """`loads` are the regions of the image that the tile reads, counted from the first row of the first.
+
+        `registers` is how many there are besides those of the `tensors` of the call.
+        """
+        self.loads, self.instructions, self.registers = loads, tuple(instructions), registers
         first = NOTHING + 1 + tensors
         read: set[int] = set()
         for instruction in reversed(self.instructions):
@@ -102,9 +105,7 @@ class Plan:
         """The regions of the image that a tile reads, as indices into the whole image."""
         origin = self.grid.origin(IMAGE, tile)
         positions, rank = self.program.positions[IMAGE], len(self.program.image.dims)
-        return [
-            index_of(_moved(read, origin), positions, rank) for read in _distinct(self.grid.layout(IMAGE, tile).reads)
-        ]
+        return [index_of(_moved(read, origin), positions, rank) for read in self.tile(tile).loads]
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape of a whole value."""
@@ -137,7 +138,7 @@ class _Compiler:
 
     def compiled(self) -> TileProgram:
         plan = self.plan
-        self._load_image()
+        loads = self._load_image()
         for value, step in plan.program.computed():
             handed = plan._handed.get(value, [])
             # Of several results of an operation, some may be of no use.
@@ -148,18 +149,19 @@ class _Compiler:
                 self.instructions += [Emit(block, number, value) for number in handed]
                 self.instructions += [Note(block, value)] if value in plan.typing else []
             self._join(value, step, block)
-        return TileProgram(self.instructions, self.next - self.first, plan.tensors)
+        return TileProgram(loads, self.instructions, self.next - self.first, plan.tensors)
 
     def _register(self) -> int:
         self.next += 1
         return self.next - 1
 
-    def _load_image(self) -> None:
+    def _load_image(self) -> Sequence[Index]:
         layout = self.plan.grid.layout(IMAGE, self.tile)
         taken = _distinct(layout.reads)
         registers = [self._register() for _ in taken]
         self.instructions += map(Load, registers, range(len(taken)), taken)
         self._hand_out(IMAGE, layout, taken, registers, NOTHING)
+        return taken
 
     def _hand_out(
         self, value: int, layout: Layout, taken: Sequence[Index], registers: Sequence[int], block: int

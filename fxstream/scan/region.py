@@ -25,11 +25,13 @@ def index_of(rows: Index, dims: Sequence[int], rank: int) -> tuple[slice, ...]:
 class Rows:
     """The same rows of many tensors of one shape: a view of each, by one call."""
 
+    __slots__ = ("_firsts", "_seen", "shape")
+
     def __init__(self, rows: Index, dims: Sequence[int], shape: Sequence[int]):
         """`rows` of the streamed axes, which are the dimensions `dims` of tensors of this `shape`."""
         counts = {dim: kept.stop - kept.start for dim, kept in zip(dims, rows, strict=True)}
         self.shape = tuple(counts.get(dim, size) for dim, size in enumerate(shape))
-        self.firsts = [(dim, kept.start) for dim, kept in zip(dims, rows, strict=True)]
+        self._firsts = [(dim, kept.start) for dim, kept in zip(dims, rows, strict=True)]
         self._seen: tuple[Any, int] = (None, 0)
         """The strides that were seen last, and the place of the first row in memory."""
 
@@ -38,22 +40,32 @@ class Rows:
         stride = tensor.stride()
         seen, first = self._seen
         if stride != seen:
-            first = sum(start * stride[dim] for dim, start in self.firsts)
+            first = self.first(stride)
             self._seen = (stride, first)
         return tensor.as_strided(self.shape, stride, tensor.storage_offset() + first)
+
+    def first(self, stride: Shape) -> int:
+        """The place of the first row in the memory of a tensor with these strides."""
+        return sum(start * stride[dim] for dim, start in self._firsts)
 
 
 class RecordRows:
     """Rows of a record, and where in the region or in the fresh block they belong."""
 
+    __slots__ = ("_behind", "_rows", "_seen", "ago", "axis", "place", "shape", "value")
+
     def __init__(self, kept: Kept, value: int, grid: Grid, dims: Sequence[int], shape: Sequence[int]):
         """`shape` is that of the region or of the block."""
         self.axis, self.ago, self.value = kept.axis, kept.ago, value
-        self.rows = Rows(kept.rows, dims, shape)
+        self._rows = Rows(kept.rows, dims, shape)
+        self.shape = self._rows.shape
         self.place = Rows(kept.place, dims, shape)
         behind = range(kept.axis + 1, len(dims))
-        self._moving = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
+        self._behind = [(axis, dims[axis], grid.axes[axis].tail[value]) for axis in behind]
         """The axes along which the record is whole, their dimensions, and the region's first row at every step."""
+        self._seen: tuple[Any, int, list[tuple[int, list[int]]]] = (None, 0, [])
+        """The strides of a record that were seen last; the place of the first row in its memory, and how far a step of
+        each axis behind moves it."""
 
     def record(self, records: Records, tile: Tile) -> Record | None:
         """The record; None if nobody has written to it yet."""
@@ -61,17 +73,21 @@ class RecordRows:
 
     def read(self, records: Records, tile: Tile) -> Record:
         """The record that a tile reads, to which an earlier one has written."""
-        return self.record(records, tile)  # type: ignore[return-value]  # so it is there
+        return records.live[self.axis][tile[self.axis] - self.ago][self.value]  # type: ignore[return-value]  # so it is there
 
     def of(self, tensor: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The rows of a record, or of its gradient, that belong to a tile."""
-        if not self._moving and tensor.shape == self.rows.shape:
+        if not self._behind and tensor.shape == self.shape:
             return tensor
         stride = tensor.stride()
-        first = sum(start * stride[dim] for dim, start in self.rows.firsts)
-        for axis, dim, origins in self._moving:
-            first += origins[tile[axis]] * stride[dim]
-        return tensor.as_strided(self.rows.shape, stride, first)
+        seen, first, moves = self._seen
+        if stride != seen:
+            first = self._rows.first(stride)
+            moves = [(axis, [row * stride[dim] for row in origins]) for axis, dim, origins in self._behind]
+            self._seen = (stride, first, moves)
+        for axis, places in moves:
+            first += places[tile[axis]]
+        return tensor.as_strided(self.shape, stride, first)
 
 
 class Region:
@@ -98,8 +114,8 @@ class Region:
             None if keep.axis == len(dims) - 1 else rows for keep, rows in zip(layout.keeps, sizes, strict=True)
         ]
         """For each of `keeps`, the rows of the whole record; None if the tile itself writes all of them."""
-        self._strides: tuple[Any, Shape] = (None, ())
-        """Strides of a block that were seen last, and those of the region for it."""
+        self._seen: tuple[Any, Shape, list[tuple[Shape, int]]] = (None, (), [])
+        """The strides of a block that were seen last, and what `_memory` says of them."""
 
     def taken(self, block: torch.Tensor | None, records: Records, tile: Tile) -> list[torch.Tensor]:
         """What each of `reads` takes of the region."""
@@ -114,20 +130,25 @@ class Region:
         parts = [part.of(part.read(records, tile).rows, tile) for part in self.parts]
         if block is None and len(parts) == 1:
             return parts[0]
-        region = self._empty(parts[0] if block is None else block)
-        for part, rows in zip(self.parts, parts, strict=True):
-            part.place.of(region).copy_(rows)
-        if block is not None and self.own is not None:
-            self.own.of(region).copy_(block)
+        like = parts[0] if block is None else block
+        strides, places = self._memory(like.stride())
+        region = like.new_empty_strided(self.shape, strides)
+        if block is not None:
+            parts.append(block)
+        for rows, (shape, first) in zip(parts, places, strict=True):
+            region.as_strided(shape, strides, first).copy_(rows)
         return region
 
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        stride = like.stride()
-        seen, strides = self._strides
+    def _memory(self, stride: Shape) -> tuple[Shape, list[tuple[Shape, int]]]:
+        """The strides of the region for a block with these; and for each part of it, the block last, its shape and the
+        place of its first row in memory."""
+        seen, strides, places = self._seen
         if stride != seen:
             strides = strides_like(stride, self.shape)
-            self._strides = (stride, strides)
-        return like.new_empty_strided(self.shape, strides)
+            rows = [part.place for part in self.parts] + ([] if self.own is None else [self.own])
+            places = [(one.shape, one.first(strides)) for one in rows]
+            self._seen = (stride, strides, places)
+        return strides, places
 
     def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
         """Write to the records what later tiles need of a block."""
