@@ -41,7 +41,9 @@ def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
     A crop of the image that has a few tiles is enough: how much these leave to later ones follows from the schedule.
     """
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    call = replace(call, budget=0, device=torch.device("meta"))
+    # The largest tile keeps neither its graph nor the results of a value of which only the first tiles keep them.
+    keep = replace(call.keep, partial=None, complete=False)
+    call = replace(call, keep=keep, device=torch.device("meta"))
     with torch.random.fork_rng(devices=[]):
         try:
             sample = _Sample(*_crop(call, tensors), trains)
@@ -103,7 +105,7 @@ class _Sample:
         gradients = [torch.empty_like(output) if output.is_floating_point() else None for output in kept.outputs]
         backward = _Measured(self.scan.call, detached_leaves(tensors, [tensor.requires_grad for tensor in tensors]))
         with torch.no_grad():
-            backward.backward(kept.states, kept.pieces, {}, gradients)
+            backward.backward(kept.states, kept.pieces, {}, kept.results, gradients)
         return backward.peak
 
     def _inference(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..geometry.axes import IMAGE, Dim, Value
+from .keeping import NOTHING, Keep
 from .mirror import mirror
 from .noise import new_seed
 from .program import Program, lower
@@ -33,7 +34,7 @@ class Call:
     tiles: tuple[int, ...]
     """The size of a tile along each streamed axis; empty until it has been chosen."""
     budget: int
-    """Bytes that the graphs of tiles may hold, so that these tiles are not computed again."""
+    """Bytes that may be held between forward and backward so that less is computed again."""
     modules: Mapping[str, nn.Module]
     """Path -> module, as it was at the call: changing its mode before the backward pass changes nothing here."""
     shape: tuple[int, ...]
@@ -46,6 +47,8 @@ class Call:
     """The autocast regions in which the call was made."""
     device: torch.device
     """Where the tiles are computed: where the modules' tensors are, whatever the image's device."""
+    keep: Keep = NOTHING
+    """The values whose dear kernels' results are held, within the budget."""
 
     @cached_property
     def seed(self) -> int:

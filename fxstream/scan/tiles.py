@@ -6,6 +6,7 @@ The grid says which rows, and the rules say how an operation runs on them. This 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .budget import Budget
 from .call import Call
 from .carry import Stitch, TensorLayout, index_of, stitch
 from .fetch import Region, Regions, fetch
+from .keeping import NOTHING, Collector, Results, Returner, Run
 from .noise import draw
 from .outputs import Accumulated, Output, Whole
 from .pieces import Key, Pieces
@@ -38,6 +40,8 @@ class Forward(NamedTuple):
     pieces: dict[Key, torch.Tensor]
     recorded: dict[Tile, RecordedTile]
     """The tiles that need not be computed again."""
+    results: dict[Tile, Results]
+    """For other tiles, the results of kernels that need not run again."""
 
 
 class Scan:
@@ -99,22 +103,29 @@ class Scan:
         """Compute the outputs; with `keep`, also what the backward scan needs."""
         pieces = Pieces(self.call.device, self.tensors[IMAGE_SLOT].device, keep)
         recorded: dict[Tile, RecordedTile] = {}
-        budget = Budget(self.call.budget if keep else 0, self.tensors)
-        recording = self._on_leaves() if budget.left else self
+        results: dict[Tile, Results] = {}
+        call = self.call if keep else replace(self.call, keep=NOTHING)
+        budget = Budget(call, self.tensors)
+        recording = self._on_leaves() if budget.graphs else self
         tiles = list(self.grid.tiles())
         with torch.no_grad(), self.call.autocasting():
-            for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
-                if budget.left:
-                    computed = recording._afforded(budget, recorded, tile, regions, pieces.held)
+            for number, (tile, regions) in enumerate(zip(tiles, self._fetch(tiles), strict=True)):
+                collector = Collector(call.keep.of(number))
+                if budget.graphs:
+                    computed = recording._afforded(budget, recorded, tile, regions, pieces.held, collector)
                 else:
-                    computed = self._compute(tile, Source(self.tensors, self.call.device, regions, pieces.held), stitch)
+                    source = Source(self.tensors, self.call.device, regions, pieces.held)
+                    computed = self._compute(tile, source, stitch, collector.run)
+                if tile not in recorded:
+                    results[tile] = budget.afforded(collector.results())
                 self._take(tile, *computed, pieces)
                 # Nothing of this tile may be alive while the next one is computed.
-                del computed
+                del computed, collector
                 pieces.expire(tile)
             pieces.settle()
             outputs = tuple(output.result() for output in self.outputs.values())
-        return Forward(outputs, [output.state for output in self.outputs.values()], pieces.held, recorded)
+        states = [output.state for output in self.outputs.values()]
+        return Forward(outputs, states, pieces.held, recorded, results)
 
     def _afforded(
         self,
@@ -123,11 +134,12 @@ class Scan:
         tile: Tile,
         regions: Regions,
         pieces: Mapping[Key, torch.Tensor],
+        collector: Collector,
     ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
         """Compute a tile with autograd, and add it to `recorded` if the budget allows."""
         with budget.counting():
-            done = self._record(tile, regions, pieces)
-        if budget.affords(done):
+            done = self._record(tile, regions, pieces, collector.run)
+        if budget.affords(done, collector.results()):
             recorded[tile] = done
         return done.blocks, done.kept
 
@@ -150,12 +162,14 @@ class Scan:
         states: Sequence[Totals],
         pieces: Mapping[Key, torch.Tensor],
         recorded: dict[Tile, RecordedTile],
+        results: dict[Tile, Results],
         gradients: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be detached leaves.
 
-        `states`, `pieces` and `recorded` are what the forward scan has left; `recorded` is used up. Raises
-        StreamingError if computing tiles again does not find the positions to which an output's gradient belongs.
+        `states`, `pieces`, `recorded` and `results` are what the forward scan has left; the last two are used up.
+        Raises StreamingError if computing tiles again does not find the positions to which an output's gradient
+        belongs.
         """
         for output, state in zip(self.outputs.values(), states, strict=True):
             output.restore(state)
@@ -165,7 +179,7 @@ class Scan:
         fetched = self._fetch([tile for tile in tiles if tile not in recorded])
         for tile in tiles:
             done = recorded.pop(tile, None)
-            self._backward_tile(tile, done, fetched, pieces, given, sums=sums)
+            self._backward_tile(tile, done, results.pop(tile, {}), fetched, pieces, given, sums=sums)
         for output, _ in given:
             if not output.complete():
                 raise StreamingError(_LOST.format(label(self.program.step_of(output.value).node)))
@@ -175,15 +189,19 @@ class Scan:
         self,
         tile: Tile,
         done: RecordedTile | None,
+        results: Results,
         fetched: Iterator[Regions],
         pieces: Mapping[Key, torch.Tensor],
         given: Sequence[tuple[Output, torch.Tensor]],
         *,
         sums: Sums,
     ) -> None:
-        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`."""
+        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`.
+
+        The kernels whose `results` there are do not run again.
+        """
         if done is None:
-            done = self._record(tile, next(fetched), pieces)
+            done = self._record(tile, next(fetched), pieces, Returner(results).run)
         roots = [
             (block, output.gradient(self._fresh(output.value, tile), block.detach(), gradient))
             for output, gradient in given
@@ -198,11 +216,11 @@ class Scan:
         scan.likes = self.likes
         return scan
 
-    def _record(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> RecordedTile:
+    def _record(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor], run: Run) -> RecordedTile:
         """Compute a tile with autograd."""
         tape = Tape(self.tensors, self.call.device, regions, pieces, self.differentiable)
         with torch.enable_grad(), self.call.autocasting():
-            return RecordedTile(tape, *self._compute(tile, tape, Stitch.apply))
+            return RecordedTile(tape, *self._compute(tile, tape, Stitch.apply, run))
 
     def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
         """For each tile the regions of the image that it reads."""
@@ -223,11 +241,11 @@ class Scan:
         return self._index_of(IMAGE, tuple(slice(*rows) for rows in region))
 
     def _compute(
-        self, tile: Tile, source: Source, join: Callable[..., Any]
+        self, tile: Tile, source: Source, join: Callable[..., Any], run: Run
     ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
         """Compute one tile: the fresh blocks of the outputs, and what later tiles will need.
 
-        `join` is `stitch`, or its differentiable form.
+        `join` is `stitch`, or its differentiable form. `run` runs the steps, see `Run`.
         """
         waiting: dict[tuple[int, int], torch.Tensor] = {}
         blocks: dict[int, torch.Tensor] = {}
@@ -236,7 +254,7 @@ class Scan:
             # Of several results of an operation, some may be of no use.
             used = bool(self.readers[value]) or value in self.handed or value in self.typing
             runs = used and self.grid.runs(value, tile)
-            block = self._run(value, step, tile, waiting, source) if runs else None
+            block = self._run(value, step, tile, waiting, source, run) if runs else None
             if block is not None and value in self.handed:
                 blocks[value] = block
             if block is not None and value in self.typing:
@@ -262,7 +280,13 @@ class Scan:
         return blocks, kept
 
     def _run(
-        self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: Source
+        self,
+        value: int,
+        step: Step,
+        tile: Tile,
+        waiting: dict[tuple[int, int], torch.Tensor],
+        source: Source,
+        run: Run,
     ) -> torch.Tensor:
         """Run a step on what its operands have for this tile. `waiting` are the blocks that its readers wait for."""
         operands: list[Any] = []
@@ -293,7 +317,8 @@ class Scan:
             like = None if tensor.of is None else operands[step.local.operands.index(tensor.of)]
             operands[place] = tensor.make(like)[self._rows(sliced.dims, tensor.dim(), value, tile)]
         streamed = self.grid.spans(value, 0, tile)
-        return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
+        spans = (streamed[span] if isinstance(span, int) else span for span in step.spans)
+        return run(value, step.local.run, *operands, *spans)
 
     def _drawn(self, noise: Noise, value: int, place: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
         """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
