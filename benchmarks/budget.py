@@ -5,9 +5,9 @@
 Everything is counted on the meta device, where tensors have no memory and nothing is computed, so any image size will
 do. The program prints a table and writes budget.json to the output folder.
 
-- conventional bytes: the live tensors between the forward and the backward pass of the plain network, without the image.
-- carried: what fxstream holds between the passes without a budget, as a share of the conventional bytes.
-- kept: what it holds beyond that with a memory budget of a share of the conventional bytes.
+- conventional: the bytes that the plain network holds between forward and backward, without the image.
+- carried: what fxstream holds between the passes without a budget, as a share of these bytes.
+- kept: what it holds beyond that with a memory budget of 10% or 20% of these bytes, or what --shares says.
 - step: the FLOPs of forward and backward, divided by those of the conventional step. Those of convolutions, matrix
   products and attention count; the gradients of a grouped convolution take what each forward takes.
 """

@@ -8,7 +8,7 @@ a kernel that returns a kept result as it would record any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,12 +69,10 @@ class Result:
         self.returned = returned
         self._versions = _versions(returned)
 
-    def copy_if_among(self, storages: set[int]) -> None:
+    def copy_if_in(self, storages: set[int]) -> None:
         """Keep a copy instead if one of these storages is ours."""
         if storages & _storages(self.returned).keys():
-            self.returned = tree_map(
-                lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, self.returned
-            )
+            self.returned = _each_tensor(torch.clone, self.returned)
             self._versions = _versions(self.returned)
 
     @property
@@ -84,7 +82,7 @@ class Result:
 
     def detach(self) -> None:
         """Let go of the graph, if the kernel ran with autograd."""
-        self.returned = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, self.returned)
+        self.returned = _each_tensor(torch.Tensor.detach, self.returned)
 
 
 Results = dict[int, list[Result]]
@@ -109,10 +107,14 @@ class Collector:
         """The result of the function."""
         if value not in self._values:
             return function(*operands)
-        with _Collecting() as mode:
+        recorded = torch.is_grad_enabled()
+        # With autograd, since torch runs other kernels without it where it has a fast path for inference.
+        with torch.enable_grad(), _Collecting() as mode:
             block = function(*operands)
+        for result in mode.results:
+            result.detach()
         self._found[value] = mode.results
-        return block
+        return block if recorded else block.detach()
 
     def results(self) -> Results:
         """What has been collected; asked for once the tile has been computed.
@@ -123,8 +125,6 @@ class Collector:
         for value, results in self._found.items():
             intact = [result.intact for result in results]
             found[value] = results[: intact.index(False)] if False in intact else results
-            for result in found[value]:
-                result.detach()
         return {value: results for value, results in found.items() if results}
 
 
@@ -153,9 +153,9 @@ class _Collecting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            storages = _storages((args, kwargs)).keys()
+            written = _written(func, args, kwargs)
             for result in self.results:
-                result.copy_if_among(set(storages))
+                result.copy_if_in(written)
         returned = func(*args, **kwargs)
         if func._overloadpacket in DEAR and not func._schema.is_mutable:
             self.results.append(Result(func, _signature(args, kwargs), returned))
@@ -187,6 +187,19 @@ def _signature(args: Any, kwargs: Any) -> Signature:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     shapes = tree_map(lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
     return Signature(shapes[0], shapes[1], tuple(tensor.dtype for tensor in tensors))
+
+
+def _written(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """The keys of the storages that an operation writes to."""
+    declared = function._schema.arguments
+    given = {**dict(zip((argument.name for argument in declared), args, strict=False)), **kwargs}
+    writes = (argument.alias_info is not None and argument.alias_info.is_write for argument in declared)
+    written = [given.get(argument.name) for argument, write in zip(declared, writes, strict=True) if write]
+    return set(_storages(written))
+
+
+def _each_tensor(function: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, values)
 
 
 def _versions(values: Any) -> list[int]:
