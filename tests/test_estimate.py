@@ -132,7 +132,7 @@ def test_what_a_training_step_takes(name: str) -> None:
     assert f"{estimate.tiles} tiles" in str(estimate)
 
 
-@pytest.mark.parametrize("budget", ["256KiB", "1MiB", "4MiB", "1GiB"])
+@pytest.mark.parametrize("budget", ["256KiB", "4MiB", "20MiB", "1GiB"])
 @pytest.mark.parametrize("name", ["unet", "dropout", "bags", pytest.param("convnext", marks=pytest.mark.slow)])
 def test_what_a_training_step_takes_that_has_a_memory_budget(name: str, budget: str) -> None:
     """The FLOPs are exact; the bytes, too, as long as results are kept and not graphs."""

@@ -81,14 +81,14 @@ def test_inference_needs_less() -> None:
 def test_it_is_chosen_once_for_images_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Any] = []
     monkeypatch.setattr(streamed, "fitted", lambda call, tensors: chosen.append(call.shape) or Fit((16, 16), 0))
-    converted = fxstream.convert(nn.Conv2d(3, 4, 3), "auto", memory_budget=10 * MIB)
+    converted = fxstream.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "auto", memory_budget=10 * MIB)
     for size in (20, 20, 30, 20):
         converted(torch.randn(1, 3, size, size))
     assert chosen == [(1, 3, 20, 20), (1, 3, 30, 30)]
     with torch.no_grad():
         converted(torch.randn(1, 3, 20, 20))
     assert len(chosen) == 3
-    converted.weight.requires_grad_(False)
+    converted.get_parameter("0.weight").requires_grad_(False)
     converted(torch.randn(1, 3, 20, 20))
     assert len(chosen) == 4
     converted.eval()

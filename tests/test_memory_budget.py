@@ -306,14 +306,34 @@ def test_a_backward_pass_that_fails_releases_what_was_kept(budget: Any, monkeypa
     assert loss.grad_fn
 
 
+def test_results_are_released_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted, image = fxstream.convert(convolutions(), 12, prove=False), torch.randn(2, 3, 41, 29)
+    found = keep(converted, image, 0.9)
+    bytes_left: list[int] = []
+    backward_tile = Scan._backward_tile
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        backward_tile(*args, **kwargs)
+        bytes_left.append(live.now)
+
+    with LiveBytes() as live:
+        loss = converted(image).square().sum()
+        begin = live.now
+        monkeypatch.setattr(Scan, "_backward_tile", counted)
+        loss.backward()
+    # The gradients of the parameters and of the last carries have been added.
+    assert begin - bytes_left[-1] > 0.7 * found.nbytes
+    assert bytes_left[0] > bytes_left[len(bytes_left) // 2] > bytes_left[-1]
+
+
 # The kernels' results.
 
 
 def collected(function: Callable[..., torch.Tensor], *operands: torch.Tensor) -> tuple[torch.Tensor, Collector]:
-    """Run a function as the forward scan runs a step whose results are kept."""
+    """Run a function as the forward scan runs a step whose results are kept, on tensors that require gradients."""
     collector = Collector(frozenset({1}))
     with torch.no_grad():
-        return collector.run(1, function, *operands), collector
+        return collector.run(1, function, *(one.detach().requires_grad_() for one in operands)), collector
 
 
 def returned(function: Callable[..., torch.Tensor], collector: Collector, *operands: torch.Tensor) -> tuple[Any, int]:

@@ -75,5 +75,5 @@ _FORMULAS = {
 
 def result_flops(result: Result) -> int:
     """The FLOPs that a kernel has taken for a result."""
-    args, kwargs, _ = result.signature
-    return int(_FORMULAS[result.function._overloadpacket](*args, **kwargs, out_val=result.returned))
+    function, args, kwargs, _ = result.signature
+    return int(_FORMULAS[function._overloadpacket](*args, **kwargs, out_val=result.returned))

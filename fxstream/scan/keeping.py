@@ -52,8 +52,9 @@ NOTHING = Keep()
 
 
 class Signature(NamedTuple):
-    """What a kernel was called with, tensors replaced by their shapes."""
+    """A kernel, and what it was called with, tensors replaced by their shapes."""
 
+    function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtypes: tuple[torch.dtype, ...]
@@ -63,8 +64,7 @@ class Signature(NamedTuple):
 class Result:
     """What a dear kernel has returned."""
 
-    def __init__(self, function: Any, signature: Signature, returned: Any):
-        self.function = function
+    def __init__(self, signature: Signature, returned: Any):
         self.signature = signature
         self.returned = returned
         self._versions = _versions(returned)
@@ -158,7 +158,7 @@ class _Collecting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
                 result.copy_if_in(written)
         returned = func(*args, **kwargs)
         if func._overloadpacket in DEAR and not func._schema.is_mutable:
-            self.results.append(Result(func, _signature(args, kwargs), returned))
+            self.results.append(Result(_signature(func, args, kwargs), returned))
         return returned
 
 
@@ -177,16 +177,16 @@ class _Returning(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch h
         kwargs = kwargs or {}
         if func._overloadpacket in DEAR and not func._schema.is_mutable and self._results:
             result = self._results.pop()
-            if result.function is func and result.signature == _signature(args, kwargs):
+            if result.signature == _signature(func, args, kwargs):
                 return result.returned
             self._results.clear()
         return func(*args, **kwargs)
 
 
-def _signature(args: Any, kwargs: Any) -> Signature:
+def _signature(function: Any, args: Any, kwargs: Any) -> Signature:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     shapes = tree_map(lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    return Signature(shapes[0], shapes[1], tuple(tensor.dtype for tensor in tensors))
+    return Signature(function, shapes[0], shapes[1], tuple(tensor.dtype for tensor in tensors))
 
 
 def _written(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
