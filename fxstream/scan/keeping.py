@@ -129,10 +129,13 @@ class Collector:
 
 
 class Returner:
-    """Runs the steps of a tile again, whose dear kernels return what was kept. What has been returned is let go."""
+    """Runs the steps of a tile again, whose dear kernels return what was kept.
 
-    def __init__(self, results: Mapping[int, list[Result]]):
-        self._results = dict(results)
+    The results are used up, since nothing else should hold what autograd does not.
+    """
+
+    def __init__(self, results: Results):
+        self._results = results
 
     def run(self, value: int, function: Run, *operands: Any) -> torch.Tensor:
         """The result of the function."""
@@ -165,8 +168,8 @@ class _Collecting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
 class _Returning(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Returns kept results in order, as long as the kernels that run are those that ran before.
 
-    With a gradient to be computed, torch may choose other kernels for attention or for a matrix product of many
-    dimensions. These and the later ones of the same value are computed.
+    Where they are not, because torch chooses others when an operand requires a gradient, these and the later ones of
+    the same value are computed.
     """
 
     def __init__(self, results: list[Result]) -> None:
