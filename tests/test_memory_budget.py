@@ -227,15 +227,16 @@ def test_it_changes_no_bit(autocast: Any, dtype: torch.dtype, share: float, layo
 
 
 def test_work_falls_as_the_budget_grows_and_ends_at_that_of_the_plain_model() -> None:
-    model, image = resnet(), torch.randn(SIZE)
-    converted = fxstream.convert(model, 64, prove=False)
+    """First by results, then by graphs that are kept as well."""
+    model, image = convolutions(), torch.randn(2, 3, 41, 29)
+    converted = fxstream.convert(model, 12, prove=False)
     plain = flops(lambda: model(image).sum().backward())
     work = []
-    for budget in (0, "100KB", "500KB", "1MB", "2MB", "1GiB"):
-        converted.memory_budget = budget
+    for share in (0, 0.03, 0.1, 0.3, 0.6, 0.9, 1, 1.3, 100):
+        keep(converted, image, share)
         work.append(flops(lambda: converted(image).sum().backward()))
-    assert sorted(set(work), reverse=True) == work
-    assert work[-1] == plain
+    assert sorted(set(work[:7]), reverse=True) == work[:7]
+    assert work[6:] == [plain] * 3
 
 
 @pytest.mark.parametrize("budget", [0, 100_000, 2_000_000, 6_000_000, 10_000_000, 2**30])
