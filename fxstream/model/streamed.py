@@ -46,6 +46,8 @@ from ..scan.sums import detached_leaves
 from ..scan.tiles import Scan
 from .older import upgraded
 
+MOST_FITS = 256
+"""For how many kinds of calls the use of the memory budget is remembered."""
 MOST_MODES = 32
 """In how many other combinations of modes a graph is remembered to be the same."""
 
@@ -106,9 +108,8 @@ class Streamed(nn.Module):
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.assumptions.entered})
         check_attributes(owner, self._holding(owner).attributes)
         call, tensors = new_call(self.graph, self.settings, modules, image, inputs, self._programs)
-        if self.settings.tiling.sizes is None:
-            tiles, budget = self._fitted(call, tensors)
-            call = replace(call, tiles=tiles, budget=budget)
+        if self.settings.memory_budget:
+            call = replace(call, **self._fitted(call, tensors)._asdict())
         return call, tensors
 
     def _holding(self, owner: Any) -> Assumptions:
@@ -124,10 +125,14 @@ class Streamed(nn.Module):
         return found
 
     def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Fit:
-        """The tiles for a call; found once for all calls that are alike in what matters to memory."""
+        """How a call uses the memory budget; found once for all calls that are alike in what matters to memory."""
         trained = torch.is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
-        key = repr((call.shape, [tensor.dtype for tensor in tensors], trained, call.autocast, self.settings))
+        forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        modes = [part.training for module in call.modules.values() for part in module.modules()]
+        key = repr((call.shape, forms, trained, modes, call.autocast, self.settings))
         if key not in self._fits:
+            if len(self._fits) == MOST_FITS:
+                del self._fits[next(iter(self._fits))]
             self._fits[key] = fitted(call, tensors)
         return self._fits[key]
 
@@ -150,8 +155,8 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs, states, records, recorded = scan.forward(keep=True)
-        ctx.call, ctx.recorded = scan.call, recorded  # not the scan, which holds tensors
+        outputs, states, records, recorded, results = scan.forward(keep=True)
+        ctx.call, ctx.recorded, ctx.results = scan.call, recorded, results  # not the scan, which holds tensors
         ctx.keys = list(records)
         ctx.states = [len(state) for state in states]
         ctx.save_for_backward(*tensors, *records.values(), *chain(*states))
@@ -171,8 +176,13 @@ class _StreamedFunction(torch.autograd.Function):
         records = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
         states = [tuple(islice(saved, size)) for size in ctx.states]
         scan = Scan(ctx.call, detached_leaves(tensors, _asked_for(ctx)))
-        with torch.no_grad():
-            found = scan.backward(states, records, ctx.recorded, gradients)
+        try:
+            with torch.no_grad():
+                found = scan.backward(states, records, ctx.recorded, ctx.results, gradients)
+        finally:
+            # They serve once. After a failure, what is left would stay as long as the outputs do.
+            ctx.recorded.clear()
+            ctx.results.clear()
         if torch.is_grad_enabled():
             # It depends on the given gradients, too: `autograd.functional.jvp` differentiates with respect to them.
             reached = (*tensors, *(gradient for gradient in gradients if gradient is not None))

@@ -18,6 +18,7 @@ from ..geometry.axes import IMAGE, Dim, Value
 from ..graph.attributes import INCOMPARABLE, fingerprint
 from ..graph.borrowed import Part, Record, tensors_of
 from ..ops import Given, Typed, registrations
+from .keeping import NOTHING, Keep
 from .noise import new_seed
 from .program import Program, lower
 from .settings import Settings
@@ -42,7 +43,7 @@ class Call:
     tiles: tuple[int, ...]
     """The size of a tile along each streamed axis; empty until it has been chosen."""
     budget: int
-    """Bytes that the graphs of tiles may hold, so that these tiles are not computed again."""
+    """Bytes that may be held between forward and backward so that less is computed again."""
     modules: Mapping[str, nn.Module]
     """Path -> module, for every module that `graph` calls."""
     parts: tuple[Part, ...]
@@ -59,6 +60,8 @@ class Call:
     """Where the tiles are computed: where the modules' tensors are, whatever the image's device."""
     programs: Programs
     """The programs of earlier calls."""
+    keep: Keep = NOTHING
+    """The values whose dear kernels' results are held, within the budget."""
 
     @cached_property
     def seed(self) -> int:

@@ -11,6 +11,7 @@ from ..geometry.grid import Index, Tile
 from ..ops import Noise
 from .call import Call
 from .instructions import Join
+from .keeping import Collector, Returner
 from .noise import draw
 from .outputs import Output
 from .plan import Plan
@@ -65,14 +66,24 @@ class Shared:
 class Execution:
     """One tile: its registers, what it reads, and where it leaves its results. See `instructions.Run`."""
 
-    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
-        """`regions` are those of the image that the tile reads, on the device that computes."""
-        self.shared, self.records, self.tile, self.regions = shared, records, tile, regions
+    def __init__(
+        self,
+        shared: Shared,
+        records: Records,
+        tile: Tile,
+        regions: Sequence[torch.Tensor],
+        keeping: Collector | Returner | None = None,
+    ):
+        """`regions` are those of the image that the tile reads, on the device that computes.
+
+        `keeping` collects the results of dear kernels or returns them.
+        """
+        self.shared, self.records, self.tile, self.regions, self.keeping = shared, records, tile, regions, keeping
         program = shared.plan.tile(tile)
         self.registers: list[Any] = [None, *shared.tensors, *[None] * program.registers]
         for instruction in program.instructions:
             instruction(self)
-        self.registers = []
+        self.registers, self.keeping = [], None
 
     def image(self, number: int) -> torch.Tensor:
         return self.regions[number]
@@ -113,7 +124,14 @@ class Recorded(Execution):
     What it reads of the image and of sliced tensors are leaves of the graph, whose gradients are added up afterwards.
     """
 
-    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
+    def __init__(
+        self,
+        shared: Shared,
+        records: Records,
+        tile: Tile,
+        regions: Sequence[torch.Tensor],
+        keeping: Collector | Returner | None = None,
+    ):
         self.leaves: list[Leaf] = []
         self.blocks: list[tuple[int, int, torch.Tensor]] = []
         """The blocks of the outputs: the place of the output, its value, and the block."""
@@ -122,7 +140,7 @@ class Recorded(Execution):
         """A leaf on which all joins depend; and what depends on all joins that keep rows. If it is differentiated, too,
         each of these finds what it is owed."""
         with torch.enable_grad(), shared.call.autocasting():
-            super().__init__(shared, records, tile, regions)
+            super().__init__(shared, records, tile, regions, keeping)
 
     def image(self, number: int) -> torch.Tensor:
         rows = super().image(number)
@@ -177,8 +195,15 @@ class Recorded(Execution):
 class RecordedAhead(Recorded):
     """A tile of the forward scan that is computed with autograd, so that it need not be computed again."""
 
-    def __init__(self, shared: Shared, records: Records, tile: Tile, regions: Sequence[torch.Tensor]):
-        super().__init__(shared, records, tile, regions)
+    def __init__(
+        self,
+        shared: Shared,
+        records: Records,
+        tile: Tile,
+        regions: Sequence[torch.Tensor],
+        keeping: Collector | Returner | None = None,
+    ):
+        super().__init__(shared, records, tile, regions, keeping)
         # The backward scan has records of its own.
         self._tape.records = self.records = None  # type: ignore[assignment]
 

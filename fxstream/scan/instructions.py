@@ -12,6 +12,7 @@ from ..errors import StreamingError
 from ..geometry.grid import Index, Tile
 from ..geometry.window import Span
 from ..ops import Noise
+from .keeping import Collector, Returner
 from .program import Made
 from .region import Region
 
@@ -24,6 +25,7 @@ class Run(Protocol):
 
     registers: list[Any]
     tile: Tile
+    keeping: Collector | Returner | None
 
     def image(self, number: int) -> torch.Tensor:
         """A region of the image, by its place among those of the tile."""
@@ -142,6 +144,7 @@ class Compute(Instruction):
     def __init__(
         self,
         out: int,
+        value: int,
         name: str,
         run: Callable[..., Any],
         args: Sequence[int],
@@ -149,14 +152,16 @@ class Compute(Instruction):
     ):
         """`spans` holds spans, and for those along streamed axes the axis and the spans of its steps."""
         super().__init__(args, (out,))
-        self.out, self.name, self.run, self.args, self.spans = out, name, run, tuple(args), tuple(spans)
+        self.out, self.value, self.name = out, value, name
+        self.run, self.args, self.spans = run, tuple(args), tuple(spans)
 
     def __call__(self, run: Run) -> None:
         registers = run.registers
         given = [registers[arg] for arg in self.args]
         for span in self.spans:
             given.append(span if isinstance(span, Span) else span[1][run.tile[span[0]]][0])  # type: ignore[index]
-        registers[self.out] = self.run(*given)
+        keeping = run.keeping
+        registers[self.out] = self.run(*given) if keeping is None else keeping.run(self.value, self.run, *given)
         self.free(registers)
 
     def __str__(self) -> str:

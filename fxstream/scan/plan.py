@@ -177,7 +177,7 @@ class _Compiler:
         for span in step.spans:
             spans.append(span if isinstance(span, Span) else (span, self.plan.grid.axes[span].spans[value]))
         out = self._register()
-        self.instructions.append(Compute(out, step.node.name, step.local.run, args, spans))
+        self.instructions.append(Compute(out, value, step.node.name, step.local.run, args, spans))
         return out
 
     def _args(self, value: int, step: Step) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .budget import Budget
 from .call import Call
 from .execution import Execution, Recorded, RecordedAhead, Shared
 from .fetch import Regions, fetch
+from .keeping import NOTHING, Collector, Results, Returner
 from .outputs import Accumulated, Output, Whole
 from .plan import key_of, planned
 from .program import Made, Slot
@@ -33,6 +35,8 @@ class Forward(NamedTuple):
     records: dict[Key, torch.Tensor]
     recorded: dict[Tile, Recorded]
     """The tiles that need not be computed again."""
+    results: dict[Tile, Results]
+    """For other tiles, the results of kernels that need not run again."""
 
 
 class Scan:
@@ -77,35 +81,41 @@ class Scan:
         """Compute the outputs; with `keep`, also what the backward scan needs."""
         records = Records(self.grid, self.call.device, self.tensors[IMAGE_SLOT].device, keep)
         recorded: dict[Tile, Recorded] = {}
-        budget = Budget(self.call.budget if keep else 0, self.tensors)
-        recording = self._on_leaves() if budget.left else self.shared
+        results: dict[Tile, Results] = {}
+        call = self.call if keep else replace(self.call, keep=NOTHING)
+        budget = Budget(call, self.tensors)
+        recording = self._on_leaves() if budget.graphs else self.shared
         with torch.no_grad(), self.call.autocasting():
-            for tile, regions in self._fetched(self.grid.tiles()):
-                if budget.left:
+            for number, (tile, regions) in enumerate(self._fetched(self.grid.tiles())):
+                collector = Collector(values) if (values := call.keep.of(number)) else None
+                if budget.graphs:
                     with budget.counting():
-                        done = RecordedAhead(recording, records, tile, regions)
-                    if budget.affords(done):
+                        done = RecordedAhead(recording, records, tile, regions, collector)
+                    if budget.affords(done, collector.results() if collector else {}):
                         recorded[tile] = done
                     # Nothing of this tile may be alive while the next one is computed.
                     del done
                 else:
-                    Execution(self.shared, records, tile, regions)
+                    Execution(self.shared, records, tile, regions, collector)
+                if collector is not None and tile not in recorded:
+                    results[tile] = budget.afforded(collector.results())
                 records.leave(tile)
             records.settle()
             outputs = tuple(output.result() for output in self.outputs)
-        return Forward(outputs, [output.state for output in self.outputs], records.held, recorded)
+        return Forward(outputs, [output.state for output in self.outputs], records.held, recorded, results)
 
     def backward(
         self,
         states: Sequence[Totals],
         held: Mapping[Key, torch.Tensor],
         recorded: dict[Tile, Recorded],
+        results: dict[Tile, Results],
         gradients: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be detached leaves.
 
-        `states`, `held` and `recorded` are what the forward scan has left; `recorded` is used up. Raises StreamingError
-        if computing tiles again does not find the positions to which an output's gradient belongs.
+        `states`, `held`, `recorded` and `results` are what the forward scan has left; the last two are used up. Raises
+        StreamingError if computing tiles again does not find the positions to which an output's gradient belongs.
         """
         for output, state in zip(self.outputs, states, strict=True):
             output.restore(state)
@@ -115,7 +125,8 @@ class Scan:
         fetched = self._fetched(tile for tile in tiles if tile not in recorded)
         for tile in tiles:
             records.enter_reversed(tile)
-            self._backward_tile(tile, recorded.pop(tile, None), fetched, records, gradients, sums=sums)
+            done, kept = recorded.pop(tile, None), results.pop(tile, {})
+            self._backward_tile(tile, done, kept, fetched, records, gradients, sums=sums)
             records.leave_reversed(tile)
         for output, gradient in zip(self.outputs, gradients, strict=True):
             if gradient is not None and not output.complete():
@@ -126,16 +137,20 @@ class Scan:
         self,
         tile: Tile,
         done: Recorded | None,
+        results: Results,
         fetched: Iterator[tuple[Tile, Regions]],
         records: Records,
         gradients: Sequence[torch.Tensor | None],
         *,
         sums: Sums,
     ) -> None:
-        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`."""
+        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`.
+
+        The kernels whose `results` there are do not run again.
+        """
         only = None
         if done is None:
-            done = Recorded(self.shared, records, *next(fetched))
+            done = Recorded(self.shared, records, *next(fetched), Returner(results) if results else None)
         else:
             only = [*sums.shared_with(done.shared.tensors), done.begin, *sums.wanted(done.leaves)]
 
