@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import assert_close, assert_exact, gradients, image, pair
+import torch.nn.functional as F
+from reference import assert_close, assert_exact, counts, gradients, image, pair
 from torch import nn
 
 import fxstream
@@ -193,6 +194,64 @@ def test_every_kind_of_tensor_is_an_operand() -> None:
     fxstream.register(Scale)(scale)
     assert_exact(network(), image(), 8, whole=True)
     check_op(Scale(3), (2, 3, 11, 12))
+
+
+class Dropping(nn.Module):
+    """Drops with a probability that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("p", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.conv(x), self.p, True)
+
+
+def test_a_rule_of_ours_that_needs_the_numbers_in_a_tensor_leaves_the_operation_to_the_head() -> None:
+    (stop,) = fxstream.analyze(Dropping()).stops
+    assert stop.reason == "dropout depends on the numbers in a tensor. Way out: give it numbers of Python."
+    assert_exact(Dropping(), image(), 8, last="conv")
+
+
+class Rows(nn.Module):
+    """Multiplies each row by a number that is made of the image's size, and then by a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.factor = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        rows = torch.linspace(1, 2, y.shape[-2], dtype=y.dtype).view(-1, 1)
+        return y * rows * (self.factor * rows).exp()
+
+
+def test_what_is_made_of_sizes_is_made_once_per_call_and_of_parameters_for_every_tile() -> None:
+    converted = assert_exact(Rows(), image(), 8, whole=True)
+    with torch.no_grad():
+        converted(image())
+        assert counts(converted, image())["linspace"] == 1
+        assert counts(converted, image())["exp"] == 12
+
+
+class Handing(Rows):
+    """Also returns what is made of a parameter and of sizes."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.conv(x)
+        rows = (self.factor * torch.linspace(1, 2, y.shape[-2], dtype=y.dtype).view(-1, 1)).exp()
+        return y * rows, rows
+
+
+class Added(nn.Module):
+    def forward(self, pair: Any) -> torch.Tensor:
+        return pair[0].flip(2).sum(2) + pair[1].square().sum()
+
+
+def test_what_is_made_of_a_parameter_has_its_gradient_where_the_head_gets_it() -> None:
+    assert_exact(nn.Sequential(Handing(), Added()), image(), 8, last=("mul_1", "sum_2"))
 
 
 class Masked(nn.Module):

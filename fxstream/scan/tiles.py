@@ -51,8 +51,8 @@ class Scan:
         self.axes = self.program.axes
         self.trained = [slot for slot, tensor in enumerate(tensors) if tensor.requires_grad]
         """The places of the tensors that require a gradient."""
-        self.made: dict[Made, Any] = {}
-        """What is made of tensors, and is the same for all tiles."""
+        self.made: dict[Callable[..., Any], Any] = {}
+        """What is made of sizes and tensors and is the same for all tiles, by the function that makes it."""
         self.readers = readers(self.program.axis_graph(self.axes[0]))
         """For each value its readers as (value, edge), in the order in which they run."""
         self.outputs = self._outputs()
@@ -299,12 +299,13 @@ class Scan:
 
     def _made(self, operand: Made, types: Mapping[int, torch.Tensor]) -> Any:
         """What is made of tensors of the call, or of the types of values; once, if it is the same for all tiles."""
-        if operand.like is not None or any(self.tensors[slot].requires_grad for slot in operand.slots):
-            like = None if operand.like is None else types[operand.like]
-            return operand.make(like, *(self.tensors[slot] for slot in operand.slots))
-        if operand not in self.made:
-            self.made[operand] = operand.make(None, *(self.tensors[slot] for slot in operand.slots))
-        return self.made[operand]
+        if operand.make in self.made:
+            return self.made[operand.make]
+        parts = (self.tensors[one.slot] if isinstance(one, Slot) else self._made(one, types) for one in operand.parts)
+        made = operand.make(None if operand.like is None else types[operand.like], *parts)
+        if operand.like is None and not any(self.tensors[slot].requires_grad for slot in operand.slots):
+            self.made[operand.make] = made
+        return made
 
     def _drawn(self, noise: Noise, value: int, place: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
         """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
