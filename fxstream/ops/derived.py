@@ -46,7 +46,7 @@ def derived(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         def fill(leaf: Any) -> Any:
             own = [next(rest) for _ in _tensors(leaf)]
             if isinstance(leaf, Given):
-                return own[0] if leaf.recipe is None else leaf.recipe.make(None, *own)
+                return own[0]
             return leaf.make(like, *own) if isinstance(leaf, Typed) else leaf
 
         settled, options = fx.node.map_aggregate((tuple(args), dict(kwargs)), fill)
@@ -54,17 +54,17 @@ def derived(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
 
     if later:
         return Fact(Typed(next(iter(sources), None), make, tuple(tensors)))
-    if not any(isinstance(leaf, Given) for leaf in leaves):
-        return Fact(made_of_tensors(make, make(None), ()))
     try:
-        return Fact(function(*args, **kwargs))  # it may only ask for a size
+        found = function(*args, **kwargs)  # it may only ask for a size
+        return Fact(found if tensors else made_of_tensors(make, found, ()))
     except RuleError:
-        found = facts_of(make, tensors) if tensors else make(None)
+        of_sizes = all(one.is_of_sizes for one in tensors)
+        found = make(None, *(one.made() for one in tensors)) if of_sizes else facts_of(make, tensors)
         return Fact(made_of_tensors(make, found, tensors))
 
 
 def _tensors(leaf: Any) -> tuple[Given, ...]:
-    """The tensors of the call of which an argument is made."""
+    """The tensors of which an argument is made."""
     if isinstance(leaf, Given):
-        return leaf.sources
+        return (leaf,)
     return leaf.tensors if isinstance(leaf, Typed) else ()

@@ -39,7 +39,7 @@ class Typed:
     make: Callable[..., Any]
     """`make(block, *tensors)` makes it, given a block of the value, or None, and the tensors."""
     tensors: tuple[Given, ...] = ()
-    """The tensors of the call of which it is made."""
+    """The tensors of which it is made: those of the call, and others that are made."""
 
     @cached_property
     def shape(self) -> torch.Size:
@@ -93,9 +93,15 @@ class Given(torch.Tensor):
         return given
 
     @property
-    def sources(self) -> tuple[Given, ...]:
-        """The tensors of the call of which it is made: itself, or those that its recipe takes."""
-        return (self,) if self.recipe is None else self.recipe.tensors
+    def is_of_sizes(self) -> bool:
+        """Whether it is made of nothing but sizes, so that its numbers are known."""
+        return self.recipe is not None and all(one.is_of_sizes for one in self.recipe.tensors)
+
+    def made(self) -> torch.Tensor:
+        """The tensor itself, if it is made of nothing but sizes."""
+        assert self.recipe is not None
+        tensor: torch.Tensor = self.recipe.make(None, *(one.made() for one in self.recipe.tensors))
+        return tensor
 
     def __repr__(self) -> str:  # type: ignore[override]  # without tensor_contents
         return f"Given({tuple(self.shape)}, {self.dtype})"
@@ -165,6 +171,6 @@ def made_of_tensors(make: Callable[..., Any], found: Any, tensors: Sequence[Give
         if not isinstance(leaf, torch.Tensor):
             return leaf
         recipe = Typed(None, lambda like, *given: tree_leaves(make(like, *given))[at], tuple(tensors))
-        return Given(leaf, recipe=recipe, requires_grad=trained and leaf.is_floating_point())
+        return Given(leaf, recipe=recipe, requires_grad=trained and (leaf.is_floating_point() or leaf.is_complex()))
 
     return tree_map(stand_in, found)

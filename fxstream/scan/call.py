@@ -122,6 +122,9 @@ class Programs:
         """What is alike in calls that may share a program -> the program, and what its rules have read."""
         self._lock = Lock()
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def of(self, call: Call, tensors: Sequence[torch.Tensor]) -> Program:
         """The program of a call, whose tensors these are. Raises what asking the rules raises."""
         inputs = fingerprint(call.inputs)

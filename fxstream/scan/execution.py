@@ -15,7 +15,7 @@ from .keeping import Collector, Returner
 from .noise import draw
 from .outputs import Output
 from .plan import Plan
-from .program import Made
+from .program import Made, Slot
 from .records import Records
 from .region import Stitch, Tape
 from .sums import IMAGE_SLOT, Leaf
@@ -32,17 +32,18 @@ class Shared:
         """For each value whose type the graph returns an empty tensor of it, once a block has been computed."""
         self._noise: dict[tuple[int, int], torch.Tensor] = {}
         """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
-        self._made: dict[Made, Any] = {}
-        """What is made of tensors, and is the same for all tiles."""
+        self._made: dict[Callable[..., Any], Any] = {}
+        """What is made of sizes and tensors and is the same for all tiles, by the function that makes it."""
 
     def made(self, made: Made, like: torch.Tensor | None) -> Any:
         """What is made of tensors of the call, or of the type of `like`; once, if it is the same for all tiles."""
-        given = [self.tensors[slot] for slot in made.slots]
-        if made.like is not None or any(tensor.requires_grad for tensor in given):
-            return made.make(like, *given)
-        if made not in self._made:
-            self._made[made] = made.make(None, *given)
-        return self._made[made]
+        if made.make in self._made:
+            return self._made[made.make]
+        parts = [self.tensors[one.slot] if isinstance(one, Slot) else self.made(one, like) for one in made.parts]
+        result = made.make(None if made.like is None else like, *parts)
+        if made.like is None and not any(self.tensors[slot].requires_grad for slot in made.slots):
+            self._made[made.make] = result
+        return result
 
     def drawn(self, noise: Noise, value: int, place: int, like: torch.Tensor, tile: Tile, rows: Index) -> torch.Tensor:
         """The random numbers for `rows` of a value in a tile: its operand at `place`."""

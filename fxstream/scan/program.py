@@ -47,12 +47,20 @@ class Made:
     """An operand of a step: what is made of tensors of the call, or of the type of a value, or of nothing but sizes."""
 
     make: Callable[..., Any]
-    """`make(block, *tensors)` makes it, given a block of the value `like`, or None, and the tensors in `slots`."""
+    """`make(block, *parts)` makes it, given a block of the value `like`, or None, and its parts."""
     like: int | None
     """The value whose type it has; None if it is made without."""
-    slots: tuple[int, ...]
+    parts: tuple[Slot | Made, ...]
+    """The tensors of which it is made, each of them whole."""
     dims: Mapping[int, str]
     """As for a `Slot`. What is made need not be a tensor if this is empty."""
+
+    @cached_property
+    def slots(self) -> frozenset[int]:
+        """The places of the tensors of the call of which it is made."""
+        return frozenset(
+            slot for part in self.parts for slot in ((part.slot,) if isinstance(part, Slot) else part.slots)
+        )
 
 
 Operand = Edge | Slot | Made | Noise | None
@@ -209,7 +217,7 @@ def _resolved(tensor: torch.Tensor | Typed, dims: Mapping[int, str]) -> Slot | M
     recipe = tensor if isinstance(tensor, Typed) else getattr(tensor, "recipe", None)
     if recipe is not None:
         like = None if recipe.of is None else recipe.of.index
-        return Made(recipe.make, like, tuple(_slot(one) for one in recipe.tensors), dims)
+        return Made(recipe.make, like, tuple(_resolved(one, {}) for one in recipe.tensors), dims)
     return Slot(_slot(tensor), dims)
 
 
