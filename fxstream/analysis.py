@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tabulate import tabulate
@@ -106,7 +106,12 @@ class Analysis:
         found: dict[str, ReceptiveField] | None = self.graph.nodes[name]["receptive_field"]
         return found
 
-    def estimate(self, image_shape: Sequence[int], tile_shape: int | Sequence[int | None]) -> Estimate:
+    def estimate(
+        self,
+        image_shape: Sequence[int],
+        tile_shape: int | Sequence[int | None] | Literal["auto"],
+        memory_budget: int | str | None = None,
+    ) -> Estimate:
         """Predict what a step of the converted model takes, on the meta device, where nothing is computed.
 
         A step is forward and backward of the whole model, without the gradient of the image. Where gradients are
@@ -116,6 +121,7 @@ class Analysis:
         Args:
             image_shape: (N, C, *spatial), in pixels.
             tile_shape: as `fxstream.convert` takes it.
+            memory_budget: as `fxstream.convert` takes it.
 
         Returns:
             An `Estimate`: number of tiles, FLOPs, bytes carried between forward and backward, peak bytes.
@@ -129,7 +135,8 @@ class Analysis:
             raise StreamingError(
                 "estimate() needs a model that torch.fx can trace. Way out: measure a step of fxstream.compile's model"
             )
-        return estimate(found.trace.root, image_shape, tile_shape, found.freeze_batchnorm, str(found.image.target))
+        name = str(found.image.target)
+        return estimate(found.trace.root, image_shape, tile_shape, memory_budget, found.freeze_batchnorm, name)
 
     def __str__(self) -> str:
         rows = [self._row(finding) for finding in self.findings]

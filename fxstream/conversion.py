@@ -64,15 +64,17 @@ def convert(
             per dimension, `(N, C, H, W)`. N is the number of images of a batch that are streamed at a time. C must be
             the image's number of channels, or None. None elsewhere: this axis is not streamed. Any positive size works;
             an axis is cut into equal steps of at most that size. "auto": all spatial axes are streamed, and every call
-            chooses the largest tiles that leave half of the memory budget for keeping the graphs of tiles.
+            chooses the largest tiles that leave half of the memory budget for what need not be computed again.
         freeze_batchnorm: all batch norms of the converted model, streamed or in the head, are in eval mode and stay so,
             whatever mode the model is put in: they use their running statistics, and do not update them. Their affine
             parameters still train. A batch norm without running statistics (`track_running_stats=False`) normalises
             by those of the batch as ever, and is not streamed.
         memory_budget: how many bytes may be held between forward and backward beyond carries and outputs, as a number
-            or as text such as "4GiB" or "500 MB". As many tiles as fit are then not computed again; if all of them fit,
-            a training step costs what a conventional one costs. None: every tile is computed again. With
-            tile_shape="auto" the budget also covers carries and the tile that is being computed.
+            or as text such as "4GiB" or "500 MB". The results of as many convolutions and matrix products as fit are
+            then not computed again, those first that save most FLOPs per byte. If all of them fit, as many of the first
+            tiles as fit are not computed again at all; if all tiles fit, a training step costs what a conventional one
+            costs. None: everything is computed again. With tile_shape="auto" the budget also covers carries and the
+            tile that is being computed.
         image: the name of the argument of `model.forward` that is streamed; by default the first.
         example_input: an image, or a tuple of all arguments of forward, of which only shapes and dtypes are used. They
             answer what the forward asks about its tensors. It is needed if no operation of the model tells how many

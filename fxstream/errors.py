@@ -22,6 +22,14 @@ class ProofError(StreamingError):
     """
 
 
+class RuleError(StreamingError):
+    """A streaming rule computes with a tensor in its body, or in a `run` that closes over it.
+
+    It is raised at the conversion, or when `run` first computes with the tensor. The way out is to list the tensor
+    among the operands of the rule's `Local`.
+    """
+
+
 class WrappedModelError(StreamingError):
     """At conversion: the model is already converted, or wrapped, as by DistributedDataParallel or torch.compile.
 

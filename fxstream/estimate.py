@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .conversion import convert
 from .errors import StreamingWarning
+from .graph.mirror import on_meta, tensor_on_meta
 from .memory.flops import Flops
 from .memory.footprint import working_set
 from .memory.live import LiveBytes
 from .model.streamed import Streamed
 from .scan.checks import check_image
-from .scan.mirror import on_meta, tensor_on_meta
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Estimate:
     flops: int
     """Those of convolutions, matrix products and attention; element-wise operations are not counted."""
     carried_bytes: int
-    """Held by the streamed part between forward and backward; in inference, the most at any time."""
+    """Held by the streamed part between forward and backward, what the memory budget keeps included; in inference, the
+    most at any time."""
     peak_bytes: int
     """The most that live tensors take at any time, the image and the parameters' gradients included."""
 
@@ -42,7 +43,12 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, image_shape: Sequence[int], tile_shape: object, freeze_batchnorm: bool, image_name: str
+    model: nn.Module,
+    image_shape: Sequence[int],
+    tile_shape: object,
+    memory_budget: int | str | None,
+    freeze_batchnorm: bool,
+    image_name: str,
 ) -> Estimate:
     """See `Analysis.estimate`."""
     model = on_meta(model)
@@ -54,6 +60,7 @@ def estimate(
             model,
             tile_shape,  # type: ignore[arg-type]  # convert itself says what is wrong with it
             freeze_batchnorm=freeze_batchnorm,
+            memory_budget=memory_budget,
             image=image_name,
             example_input=image,
             prove=False,
@@ -71,17 +78,18 @@ def _of_step(converted: fx.GraphModule, image: torch.Tensor) -> Estimate:
     head, left = _head(converted, image, given.leaves)
     handed = sum(leaf.nbytes for leaf in given.leaves)
     # While the streamed part computes gradients, what it has handed over is freed, unless it is the model's result.
-    peak = handed + max(sum(needs) + left, needs.carried + head)
+    held = needs.carried + needs.kept
+    peak = handed + max(sum(needs) + left, held + head)
     tiles = call.program(tensors).grid(call.tiles).count
-    return Estimate(tiles, flops, needs.carried, image.nbytes + peak)
+    return Estimate(tiles, flops - call.keep.flops, held, image.nbytes + peak)
 
 
 def _counted(converted: fx.GraphModule, streamed: Streamed, image: torch.Tensor) -> tuple[int, Any, Any]:
-    """FLOPs of a step; what the streamed part is called with, and what it returns."""
+    """FLOPs of a step that keeps nothing; what the streamed part is called with, and what it returns."""
     settings = streamed.settings
     # One tile, since every position is computed once, however many tiles there are.
     whole = tuple(image.shape[settings.names.index(axis)] for axis in settings.axes)
-    streamed.settings = replace(settings, tiling=replace(settings.tiling, sizes=whole))
+    streamed.settings = replace(settings, tiling=replace(settings.tiling, sizes=whole), memory_budget=0)
     calls: list[tuple[Any, Any]] = []
     hook = streamed.register_forward_hook(lambda _, inputs, outputs: calls.append((inputs, outputs)))
     with Flops() as flops:

@@ -55,7 +55,8 @@ def check_op(
         tolerance: the greatest relative L2 error.
 
     Raises:
-        AssertionError: naming the image's shape and the tile shape, which reproduce it.
+        AssertionError: naming the image's shape and the tile shape, which reproduce it; also where the rule computes
+            with a tensor that it was given, instead of listing it among the operands.
     """
     names = ("N", "C", *SPATIAL_NAMES[len(shape) - 2])
     streamed = [index for index, name in enumerate(names) if name in (axes or names) and name != "C"]

@@ -108,6 +108,22 @@ def test_the_overhead_of_a_tile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_work_that_a_memory_budget_saves(tmp_path: Path) -> None:
+    """It falls from a whole forward pass to nothing, and what is kept stays within the budget."""
+    arguments = ["--models", "notebook", "--size", "160", "--tile", "32", "--shares", "0.1", "0.3", "2"]
+    assert "160 x 160 in tiles of 32" in python("budget.py", *arguments, "--output", str(tmp_path))
+    (row,) = json.loads((tmp_path / "budget.json").read_text())["rows"]
+    plain, steps = row["conventional"], row["streamed"]
+    assert [*steps] == ["0", "0.1", "0.3", "2.0"]
+    ratios = [step["flops"] / plain["flops"] for step in steps.values()]
+    assert 1.3 < ratios[0] < 1.6
+    assert sorted(set(ratios), reverse=True) == ratios
+    assert ratios[-1] == pytest.approx(1, abs=0.02)
+    for share, step in steps.items():
+        assert step["held"] - steps["0"]["held"] <= float(share) * plain["held"]
+
+
+@pytest.mark.slow
 def test_the_table_of_models_says_by_which_door_they_get_in_and_where_streaming_ends() -> None:
     """One model streams up to its head, one is captured only by torch.compile, and one is refused."""
     pytest.importorskip("timm")

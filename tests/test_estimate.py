@@ -95,8 +95,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any]] = {
 class Counted:
     """A step, run and counted."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], tile: Any):
-        converted = fxstream.convert(model, tile, prove=False)
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], tile: Any, budget: Any = None):
+        converted = fxstream.convert(model, tile, memory_budget=budget, prove=False)
         with LiveBytes() as live:
             image = torch.randn(shape)
             output = converted(image)
@@ -130,6 +130,36 @@ def test_what_a_training_step_takes(name: str) -> None:
     if not name.endswith("head"):  # which holds what it saves itself
         assert estimate.carried_bytes == pytest.approx(counted.held, rel=0.02, abs=3000)
     assert f"{estimate.tiles} tiles" in str(estimate)
+
+
+@pytest.mark.parametrize("budget", ["256KiB", "4MiB", "20MiB", "1GiB"])
+@pytest.mark.parametrize("name", ["unet", "dropout", "bags", pytest.param("convnext", marks=pytest.mark.slow)])
+def test_what_a_training_step_takes_that_has_a_memory_budget(name: str, budget: str) -> None:
+    """The FLOPs are exact; the bytes, too, as long as results are kept and not graphs."""
+    build, shape, tile = MODELS[name]
+    model = build().train(name == "dropout")
+    analysis = fxstream.analyze(model)
+    plain, estimate = analysis.estimate(shape, tile), analysis.estimate(shape, tile, budget)
+    counted = Counted(model, shape, tile, budget)
+    assert estimate.flops == counted.flops < plain.flops
+    assert estimate.carried_bytes == pytest.approx(counted.held, rel=0.02, abs=3000)
+    assert estimate.peak_bytes == pytest.approx(counted.peak, rel=0.1)
+
+
+def test_a_budget_that_keeps_everything_saves_all_that_is_computed_again() -> None:
+    build, shape, tile = MODELS["unet"]
+    model = build()
+    estimate = fxstream.analyze(model).estimate(shape, tile, "1GiB")
+    assert estimate.flops == flops(lambda: model(torch.randn(shape)).sum().backward())
+
+
+def test_tiles_that_the_budget_chooses() -> None:
+    analysis = fxstream.analyze(UNet())
+    least, most = (analysis.estimate((1, 3, 512, 512), "auto", budget) for budget in ("10MiB", "200MiB"))
+    assert least.tiles > most.tiles == 1
+    assert least.flops > most.flops
+    with pytest.raises(fxstream.TileShapeError):
+        analysis.estimate((1, 3, 512, 512), "auto")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "unet", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])

@@ -4,7 +4,7 @@ carries wait there for the backward pass, and from when on."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import pytest
@@ -15,51 +15,57 @@ from torch.autograd.graph import saved_tensors_hooks
 import fxstream
 from fxstream.geometry.grid import Tile
 from fxstream.scan.fetch import Region, Regions, fetch
-from fxstream.scan.pieces import Pieces
+from fxstream.scan.records import Records
 from fxstream.testing import relative_error
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
+def rows_of(first: int, last: int) -> Region:
+    return (slice(first, last),)
+
+
 def test_the_next_regions_are_on_their_way_while_a_tile_computes() -> None:
-    plan: list[list[Region]] = [[((0, 4),)], [((4, 8),), ((5, 9),)], [], [((8, 12),)]]
+    plan = [[rows_of(0, 4)], [rows_of(4, 8), rows_of(5, 9)], [], [rows_of(8, 12)]]
     image = torch.arange(12.0)
     cut: list[Region] = []
 
     def rows(region: Region) -> torch.Tensor:
         cut.append(region)
-        return image[slice(*region[0])]
+        return image[region]
 
-    tiles = fetch(rows, CPU, META, plan)
+    tiles = fetch(rows, CPU, META, enumerate(plan))
     for index, wanted in enumerate(plan):
-        regions = next(tiles)
-        assert list(regions) == wanted
-        assert all(tensor.device == META for tensor in regions.values())
+        number, regions = next(tiles)
+        assert number == index
+        assert [tensor.shape for tensor in regions] == [image[region].shape for region in wanted]
+        assert all(tensor.device == META for tensor in regions)
         assert cut == [*chain(*plan[: index + 2])], "those of the next tile, and none twice"
     assert next(tiles, None) is None
 
 
 def test_nothing_is_copied_where_the_image_is_there_already() -> None:
     image = torch.arange(12.0)
-    (regions,) = fetch(lambda region: image[slice(*region[0])], CPU, CPU, [[((3, 7),)]])
-    assert regions[((3, 7),)].data_ptr() == image[3:].data_ptr()
+    ((_, regions),) = fetch(lambda region: image[region], CPU, CPU, [(0, [rows_of(3, 7)])])
+    assert regions[0].data_ptr() == image[3:].data_ptr()
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Sequence[Region]]]:
-    """The plan of every pass."""
-    plans: list[Sequence[Sequence[Region]]] = []
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Region]]]:
+    """For every pass the regions of its tiles."""
+    plans: list[list[list[Region]]] = []
 
     def recording(
         cut: Callable[[Region], torch.Tensor],
         source: torch.device,
         target: torch.device,
-        plan: Sequence[Sequence[Region]],
-    ) -> Iterator[Regions]:
-        plans.append(plan)
+        wanted: Iterable[tuple[Tile, list[Region]]],
+    ) -> Iterator[tuple[Tile, Regions]]:
+        tiles = list(wanted)
+        plans.append([regions for _, regions in tiles])
         # Copies, as they would be on another device: no tensor of the image itself reaches a tile.
-        for regions in fetch(cut, source, target, plan):
-            yield {region: rows.clone() for region, rows in regions.items()}
+        for tile, regions in fetch(cut, source, target, tiles):
+            yield tile, [rows.clone() for rows in regions]
 
     monkeypatch.setattr("fxstream.scan.tiles.fetch", recording)
     return plans
@@ -78,7 +84,7 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("image_grad", [True, False])
-def test_every_region_is_fetched_once_a_pass(fetched: list[Sequence[Sequence[Region]]], image_grad: bool) -> None:
+def test_every_region_is_fetched_once_a_pass(fetched: list[list[list[Region]]], image_grad: bool) -> None:
     model = Branches().double()
     converted = fxstream.convert(copy.deepcopy(model), (16, 20))
     image = torch.randn(2, 3, 53, 47, dtype=torch.float64, requires_grad=image_grad)
@@ -91,14 +97,14 @@ def test_every_region_is_fetched_once_a_pass(fetched: list[Sequence[Sequence[Reg
     ):
         assert relative_error(one, other) < 1e-10
     forward, backward = fetched
-    assert list(backward) == list(forward)[::-1], "the backward pass fetches the same, in reverse"
+    assert backward == forward[::-1], "the backward pass fetches the same, in reverse"
     covered = torch.zeros(53, 47)
     for regions in forward:
-        assert len(regions) == len(set(regions)) <= 2, "two readers with the same window share a copy"
-        for rows, columns in regions:
-            assert rows[1] - rows[0] <= 16 + 8
-            assert columns[1] - columns[0] <= 20 + 8
-            covered[slice(*rows), slice(*columns)] = 1
+        assert len(regions) == len(set(map(str, regions))) <= 2, "two readers with the same window share a copy"
+        for _, _, rows, columns in regions:
+            assert rows.stop - rows.start <= 16 + 8
+            assert columns.stop - columns.start <= 20 + 8
+            covered[rows, columns] = 1
     assert covered.all()
 
 
@@ -121,14 +127,14 @@ def test_carries_leave_the_device_as_soon_as_no_tile_of_the_forward_pass_reads_t
         rows.fill_(torch.nan)
         return stored[-1]
 
-    class Watched(Pieces):
-        def expire(self, tile: Tile) -> None:
-            super().expire(tile)
-            away = {id(rows) for rows in stored}
-            on_device.append(sum(rows.nbytes for rows in self.held.values() if id(rows) not in away))
+    class Watched(Records):
+        def leave(self, tile: Tile) -> None:
+            live = [record for steps in self.live for values in steps for record in values if record is not None]
+            on_device.append(sum(record.rows.nbytes for record in live))
+            super().leave(tile)
 
-    monkeypatch.setattr("fxstream.scan.pieces.store", elsewhere)
-    monkeypatch.setattr("fxstream.scan.tiles.Pieces", Watched)
+    monkeypatch.setattr("fxstream.scan.records.store", elsewhere)
+    monkeypatch.setattr("fxstream.scan.tiles.Records", Watched)
     model = Deep().double()
     image = torch.randn(2, 3, 253, 247, dtype=torch.float64, requires_grad=True)
     converted = fxstream.convert(copy.deepcopy(model), (16, 20))
@@ -139,7 +145,7 @@ def test_carries_leave_the_device_as_soon_as_no_tile_of_the_forward_pass_reads_t
     analysis = fxstream.analyze(model)
     with torch.no_grad():
         at_a_time = analysis.estimate(image.shape, (16, 20)).carried_bytes
-    # As predicted for a pass that keeps nothing, but for the corners of tiles.
+    # As predicted for a pass that keeps nothing.
     assert 0 < max(on_device) <= 1.1 * at_a_time < analysis.estimate(image.shape, (16, 20)).carried_bytes / 4
 
 

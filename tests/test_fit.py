@@ -29,8 +29,7 @@ def net() -> nn.Module:
 
 
 def peak(converted: nn.Module, image: torch.Tensor) -> int:
-    """Live bytes of a step, at most, the image aside; tiles are chosen before, which would count as if it took any."""
-    converted.streamed.checked_call(image)
+    """Live bytes of a step, at most, the image aside."""
     with LiveBytes() as live:
         output = converted(image)
         if output.requires_grad:
@@ -48,7 +47,6 @@ def test_a_budget_that_suffices_for_everything_costs_no_recomputation() -> None:
     model = net()
     converted = fxstream.convert(model, "auto", memory_budget="1GiB")
     image = torch.randn(1, 3, 256, 200)
-    converted(image)  # chooses tiles, which is counted as if it were computed
     plain = flops(lambda: model(image).sum().backward())
     assert flops(lambda: converted(image).sum().backward()) == plain
 
@@ -83,16 +81,31 @@ def test_inference_needs_less() -> None:
 def test_it_is_chosen_once_for_images_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Any] = []
     monkeypatch.setattr(streamed, "fitted", lambda call, tensors: chosen.append(call.shape) or Fit((16, 16), 0))
-    converted = fxstream.convert(nn.Conv2d(3, 4, 3), "auto", memory_budget=10 * MIB)
+    converted = fxstream.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "auto", memory_budget=10 * MIB)
     for size in (20, 20, 30, 20):
         converted(torch.randn(1, 3, size, size))
     assert chosen == [(1, 3, 20, 20), (1, 3, 30, 30)]
     with torch.no_grad():
         converted(torch.randn(1, 3, 20, 20))
     assert len(chosen) == 3
-    converted.weight.requires_grad_(False)
+    converted.get_parameter("0.weight").requires_grad_(False)
     converted(torch.randn(1, 3, 20, 20))
     assert len(chosen) == 4
+    converted.eval()
+    converted(torch.randn(1, 3, 20, 20))
+    assert len(chosen) == 5
+
+
+def test_what_is_remembered_of_many_sizes_of_images_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is forgotten."""
+    monkeypatch.setattr(streamed, "MOST_FITS", 3)
+    chosen: list[Any] = []
+    monkeypatch.setattr(streamed, "fitted", lambda call, tensors: chosen.append(call.shape[2]) or Fit((16, 16), 0))
+    converted = fxstream.convert(nn.Conv2d(3, 4, 3), "auto", memory_budget=10 * MIB)
+    for size in (20, 21, 22, 23, 22, 20):
+        converted(torch.randn(1, 3, size, 20))
+    assert chosen == [20, 21, 22, 23, 20]
+    assert len(converted.streamed._fits) == 3
 
 
 def test_random_numbers_are_those_of_the_call() -> None:

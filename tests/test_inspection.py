@@ -92,7 +92,7 @@ def test_steps_of_one_kind_do_the_same_but_for_a_shift(size: int, tile: int) -> 
     for one, other in product(range(axis.count), repeat=2):
         if axis.kinds[one] == axis.kinds[other]:
             for value in range(len(graph)):
-                assert axis.steps[value][one] is axis.steps[value][other]
+                assert axis.steps[value][one] == axis.steps[value][other]
                 assert axis.computed(value, one) == axis.computed(value, other)
                 assert axis.carry(value, one + 1) == axis.carry(value, other + 1)
     grid = Grid((axis, axis))

@@ -701,8 +701,7 @@ def test_a_rule_that_computes_with_a_parameter_in_its_body_is_refused(monkeypatc
 
     @fxstream.register(Gain)
     def better(m: Gain, x: Value) -> Local:
-        factor = m.gain
-        return Local((x,), x.dims, lambda block: block * factor.exp())
+        return Local((x, m.gain), x.dims, lambda block, gain: block * gain.exp())
 
     assert_exact(model, IMAGE, 8, whole=True)
 

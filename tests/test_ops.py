@@ -1525,13 +1525,23 @@ def _smooth(window: Sliding = AROUND, trained: bool = True, detached: bool = Fal
     def rule(m: Any, input: Value) -> Local:
         weight = m.weight if trained else m.weight.detach()
 
-        def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+        def run(block: torch.Tensor, weight: torch.Tensor, *spans: Span) -> torch.Tensor:
             factor = weight.detach() if detached else weight
             return F.avg_pool2d(fit(block, spans, window.border), (window.kernel, 3), 1) * factor
 
-        return Local((input,), input.dims, run, {2: window, 3: AROUND})
+        return Local((input, weight), input.dims, run, {2: window, 3: AROUND})
 
     return rule
+
+
+def _smooth_blocks(m: Any, input: Value) -> Local:
+    """A rule of Smooth that takes each block for an image of its own."""
+
+    def run(block: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        smooth: torch.Tensor = m.with_tensors({"weight": weight})(block)
+        return smooth
+
+    return Local((input, m.weight), input.dims, run)
 
 
 def _blockwise(function: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[..., Local]:
@@ -1549,7 +1559,8 @@ def test_right_rule_of_ones_own_passes() -> None:
 @pytest.mark.parametrize(
     ("op", "rule", "message"),
     [
-        pytest.param(Smooth, _blockwise(Smooth.forward), "output 0: relative error", id="no window"),
+        pytest.param(Smooth, _smooth_blocks, "output 0: relative error", id="no window"),
+        pytest.param(Smooth, _blockwise(Smooth.forward), r"computes with a tensor itself \(mul\)", id="a closure"),
         pytest.param(Smooth, _smooth(Sliding(2, before=1)), "output 0: relative error", id="window too small"),
         pytest.param(Smooth, _smooth(Sliding(3, before=0, after=2)), "output 0: relative error", id="window shifted"),
         pytest.param(

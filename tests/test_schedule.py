@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxstream.geometry.grid import Grid, Index, Tile
+from fxstream.geometry.grid import Grid, Index, Kept, Tile
 from fxstream.geometry.schedule import Axis, AxisGraph, SizeError, readers, schedule
 from fxstream.geometry.window import IDENTITY, Border, Placed, Same, Sliding, Span, Transposed, Window
 
@@ -148,7 +148,9 @@ class Simulation:
         self.whole = [np.arange(prod(shape), dtype=np.int64).reshape(shape) for shape in shapes]
         self.computed = [np.zeros(shape, dtype=int) for shape in shapes]
         self.stored = [np.zeros(shape, dtype=int) for shape in shapes]
-        self.pieces: dict[tuple[int, Tile, int], Labels] = {}
+        self.records: dict[tuple[int, int, Tile], Labels] = {}
+        """By value, axis, and the steps of that axis and of those before it."""
+        self.most_held = 0
 
     def run(self) -> None:
         for tile in self.grid.tiles():
@@ -160,10 +162,14 @@ class Simulation:
             self.forget_after(tile)
 
     def forget_after(self, tile: Tile) -> None:
-        """Drop every piece whose last reader has run. A later read of it fails with a KeyError."""
-        for key in list(self.pieces):
-            if self.grid.expiry(*key) == tile:
-                del self.pieces[key]
+        """Drop every record whose last reader has run. A later read of it fails with a KeyError."""
+        self.most_held = max(self.most_held, sum(record.size for record in self.records.values()))
+        for number, axis in enumerate(self.axes):
+            if all(
+                step == one.count - 1 for one, step in zip(self.axes[number + 1 :], tile[number + 1 :], strict=True)
+            ):
+                for value, step in axis.expiring[tile[number]]:
+                    self.records.pop((value, number, (*tile[:number], step)), None)
 
     def compute(self, value: int, tile: Tile, waiting: dict[tuple[int, int], Labels]) -> Labels:
         fresh = self.grid.fresh(value, tile)
@@ -191,23 +197,48 @@ class Simulation:
             for reader, read in zip(self.readers[value], layout.reads, strict=True):
                 if read is not None:
                     waiting[reader] = take(region, read)
-        for piece, rows in layout.keeps:
+        for keep in layout.keeps:
             assert block is not None
-            self.pieces[value, tile, piece] = take(block, rows)
-            self.stored[value][block_of(self.axes, value, tile)][rows] += 1
+            key = (value, keep.axis, tile[: keep.axis + 1])
+            if key not in self.records:
+                self.records[key] = np.full(self.grid.record(value, tile, keep.axis), -1, dtype=np.int64)
+            rows = self.in_record(value, tile, keep)
+            assert (take(self.records[key], rows) == -1).all(), "two tiles write to the same rows of a record"
+            self.records[key][rows] = take(block, keep.place)
+            self.stored[value][block_of(self.axes, value, tile)][keep.place] += 1
+
+    def in_thin_corners(self, value: int) -> Labels:
+        """At each position, along how many axes but the last its block carries it, and at most a quarter of itself."""
+        counts = np.zeros(self.whole[value].shape, dtype=int)
+        for number, axis in enumerate(self.axes[:-1]):
+            for step in range(axis.count):
+                fresh, kept = axis.computed(value, step), axis.kept(value, step)
+                if 4 * kept <= fresh:
+                    rows = [slice(None)] * counts.ndim
+                    rows[number] = slice(axis.frontier[value][step + 1] - kept, axis.frontier[value][step + 1])
+                    counts[tuple(rows)] += 1
+        return counts
+
+    def in_record(self, value: int, tile: Tile, kept: Kept) -> Index:
+        """Rows of a record, counted from its own first row along every axis."""
+        origin = (0,) * (kept.axis + 1) + self.grid.origin(value, tile)[kept.axis + 1 :]
+        return tuple(
+            slice(rows.start + first, rows.stop + first) for rows, first in zip(kept.rows, origin, strict=True)
+        )
 
     def assemble(self, value: int, tile: Tile, block: Labels | None) -> Labels:
         """The fresh block and what was kept for it: without gaps, without overlaps, in the right place."""
         layout = self.grid.layout(value, tile)
-        parts = [
-            (part.dst, take(self.pieces[value, self.grid.earlier(tile, part.offset), part.axis], part.src))
-            for part in layout.parts
-        ]
+        parts: list[tuple[Index, Labels]] = []
+        for part in layout.parts:
+            begun = (*tile[: part.axis], tile[part.axis] - part.ago)
+            record = self.records[value, part.axis, begun]
+            parts.append((part.place, take(record, self.in_record(value, tile, part))))
         if block is not None and layout.own is not None:
             parts.append((layout.own, block))
         region = np.full(layout.extent, -1, dtype=np.int64)
         for rows, labels in parts:
-            assert (take(region, rows) == -1).all(), "two pieces hold the same position"
+            assert (take(region, rows) == -1).all(), "two records hold the same position"
             assert region[rows].shape == labels.shape
             region[rows] = labels
         carried_and_fresh = tuple(
@@ -221,9 +252,10 @@ class Simulation:
 def check(plan: Plan) -> None:
     simulation = Simulation(plan)
     simulation.run()
-    for computed, stored in zip(simulation.computed, simulation.stored, strict=True):
+    assert not simulation.records, "a record that nobody drops"
+    for value, (computed, stored) in enumerate(zip(simulation.computed, simulation.stored, strict=True)):
         assert (computed == 1).all()
-        assert (stored <= 1).all()
+        assert (stored <= 1 + simulation.in_thin_corners(value)).all()
 
 
 @settings(max_examples=250, deadline=None)
@@ -366,27 +398,25 @@ def test_values_of_a_few_rows_a_step_rest() -> None:
 
 
 def kept(grid: Grid, value: int) -> int:
-    """Positions in all pieces of a value, counted tile by tile."""
+    """Positions of a value in all records, counted tile by tile."""
     layouts = (grid.layout(value, tile) for tile in grid.tiles())
-    return sum(prod(rows.stop - rows.start for rows in piece) for layout in layouts for _, piece in layout.keeps)
+    return sum(prod(rows.stop - rows.start for rows in keep.place) for layout in layouts for keep in layout.keeps)
 
 
 @settings(max_examples=100, deadline=None)
 @given(plan=plans(axes=2, largest=18, values=6))
-def test_what_is_carried_is_counted_without_its_pieces(plan: Plan) -> None:
-    grid = Grid(plan.axes())
+def test_what_is_carried_is_counted_without_a_scan(plan: Plan) -> None:
+    simulation = Simulation(plan)
+    simulation.run()
+    grid = simulation.grid
     for value in range(len(plan.graphs[0])):
         assert grid.carried(value) == kept(grid, value)
-    # At a time there is no more than altogether, and at least the longest carry along the first axis, all its width.
-    together = sum(map(grid.carried, range(len(plan.graphs[0]))))
     first, second = grid.axes
-    longest = max(
-        (done - tail) * size
-        for rows, tails, size in zip(first.frontier, first.tail, second.sizes, strict=True)
-        for done, tail in zip(rows, tails, strict=True)
-    )
-    assert longest <= grid.in_flight(dict.fromkeys(range(len(plan.graphs[0])), 1))
-    assert longest <= together
+    values = range(len(plan.graphs[0]))
+    predicted = grid.in_flight(dict.fromkeys(values, 1))
+    # Which tiles of a band hold most is not asked, so that a little more may be predicted than is held.
+    most_of_a_tile = sum(max(second.held(value)) * max(step.shared for step in first.steps[value]) for value in values)
+    assert simulation.most_held <= predicted <= simulation.most_held + most_of_a_tile
 
 
 def test_a_carry_grows_with_the_lead_of_a_skip_connection_over_its_branch() -> None:
@@ -397,16 +427,25 @@ def test_a_carry_grows_with_the_lead_of_a_skip_connection_over_its_branch() -> N
     assert axis.tail[1:] == [[0, 0, 0, 10, 25, 40], [0, 0, 0, 10, 25, 40], [0, 0, 0, 10, 25, 40]]
 
 
-def test_a_corner_is_kept_once_and_a_piece_no_longer_than_its_axis_needs_it() -> None:
+def test_a_corner_is_kept_once_unless_it_is_thin_and_a_record_no_longer_than_its_axis_needs_it() -> None:
     convolution = Sliding(3, 1, 1, 1, 1)
     axis = schedule(((), ((0, convolution),)), 12, 4)
     grid = Grid((axis, axis))
     # Of the 4 x 4 block the last two rows and the last two columns; their corner goes with the rows.
-    assert grid.layout(0, (0, 0)).keeps == ((0, (slice(2, 4), slice(0, 4))), (1, (slice(0, 2), slice(2, 4))))
-    # Rows wait for the tile below, and the one beside that, which still reads two of their columns; columns for the
-    # next tile of the same row.
-    assert grid.expiry(0, (0, 0), 0) == (1, 1)
-    assert grid.expiry(0, (0, 0), 1) == (0, 1)
+    rows, columns = grid.layout(0, (0, 1)).keeps
+    assert (rows.axis, rows.place) == (0, (slice(2, 4), slice(0, 4)))
+    assert (columns.axis, columns.place) == (1, (slice(0, 2), slice(2, 4)))
+    # The rows go to the record of all rows of this height, behind the two columns of the region that come before.
+    assert rows.rows == (slice(0, 2), slice(2, 6))
+    assert grid.record(0, (0, 1), 0) == (2, 12)
+    assert grid.record(0, (0, 1), 1) == (2, 2)
+    # Rows wait for the band of tiles below; columns for the next tile of the same band.
+    assert axis.expiring == [[], [(0, 0)], [(0, 1)]]
+    assert axis.held(0) == [2, 4, 2]
+    # Of 16 x 16 the last two are few enough: the columns are kept with the corner.
+    axis = schedule(((), ((0, convolution),)), 48, 16)
+    _, columns = Grid((axis, axis)).layout(0, (0, 1)).keeps
+    assert (columns.axis, columns.place) == (1, (slice(0, 16), slice(14, 16)))
 
 
 # Errors.

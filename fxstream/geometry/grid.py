@@ -4,9 +4,11 @@ The axes are independent, so a tile is one step of each. It computes the *fresh*
 its step computes, along every axis. In front of that block lie the rows that earlier tiles have kept for it; the two
 together are the value's *region*, from which its readers take what they need.
 
-What a later tile needs of a block is kept in *pieces*, at most one per axis, which share no position: the piece of an
-axis holds the rows that this axis carries, of those that no axis before it carries. So a position is kept once,
-however many tiles read it, corners included.
+What later tiles need of the blocks of a value is kept in *records*. A record of an axis belongs to one step of it and
+of each axis before it. It holds the rows that this axis carries; along the axes behind it everything, so that all tiles
+of a band write to one record of the first axis; and along the axes before it the rows that these do not carry, since a
+position is kept once, however many tiles read it. Only the corners of thin carries are kept twice (see
+`AxisStep.shared`).
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby, product
 from math import prod
 
 from tabulate import tabulate
 
-from .schedule import Axis, AxisStep, Past
+from .schedule import Axis, AxisStep
 from .window import Span
 
 Tile = tuple[int, ...]
@@ -30,17 +31,21 @@ Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of a tile's region that an earlier tile has kept."""
+class Kept:
+    """Rows in a record of a value, and where they lie in the tile.
 
-    offset: Tile
-    """How many steps ago the earlier tile was, along every axis."""
+    Along the axes behind that of the record, which the record holds whole, its rows are counted from the first row of
+    the region; along the others, from the first row of the record.
+    """
+
     axis: int
-    """Which of its pieces holds the rows."""
-    src: Index
-    """Where they lie in that piece."""
-    dst: Index
-    """Where they belong in the region."""
+    """The axis of the record."""
+    ago: int
+    """How many steps of that axis ago the record was begun; 0 for the tile's own step."""
+    rows: Index
+    """The rows of the record."""
+    place: Index
+    """Which rows they are: of the region if the tile reads them, of its fresh block if the tile writes them."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,12 @@ class Layout:
     """Rows of the region."""
     own: Index | None
     """Where the fresh block lies in the region; None if the tile computes nothing of the value."""
-    parts: tuple[Part, ...]
+    parts: tuple[Kept, ...]
+    """The rows of the region that earlier tiles have kept."""
     reads: tuple[Index | None, ...]
     """What each reader takes of the region; None for a reader that does not run in this tile."""
-    keeps: tuple[tuple[int, Index], ...]
-    """The pieces that are kept: the axis of each, and which rows of the fresh block."""
+    keeps: tuple[Kept, ...]
+    """What the tile keeps of the fresh block."""
 
 
 class Grid:
@@ -99,43 +105,55 @@ class Grid:
         """The block of `value` that the tile computes, in the whole value."""
         return tuple(axis.fresh(value, step) for axis, step in zip(self.axes, tile, strict=True))
 
-    def earlier(self, tile: Tile, offset: Tile) -> Tile:
-        """The tile that many steps before `tile`."""
-        return tuple(step - ago for step, ago in zip(tile, offset, strict=True))
+    def origin(self, value: int, tile: Tile) -> tuple[int, ...]:
+        """The first row of the value's region."""
+        return tuple(axis.tail[value][step] for axis, step in zip(self.axes, tile, strict=True))
 
-    def expiry(self, value: int, tile: Tile, axis: int) -> Tile:
-        """The last tile that may read the piece that `tile` keeps along `axis`."""
-        pairs = zip(self.axes[axis:], tile[axis:], strict=True)
-        return (*tile[:axis], *(max(step, one.last[value][step]) for one, step in pairs))
+    def record(self, value: int, tile: Tile, axis: int) -> tuple[int, ...]:
+        """The rows of the record of an axis into which the tile writes."""
+        before = [one.steps[value][step].shared for one, step in zip(self.axes[:axis], tile, strict=False)]
+        return (*before, self.axes[axis].kept(value, tile[axis]), *(one.sizes[value] for one in self.axes[axis + 1 :]))
+
+    def kind(self, tile: Tile) -> tuple[int, ...]:
+        """The kind of a tile: that of its step of every axis. Tiles of one kind do the same, but in another place."""
+        return tuple(axis.kinds[step] for axis, step in zip(self.axes, tile, strict=True))
 
     def carried(self, value: int) -> int:
-        """How many positions of `value` all pieces hold together: all but those that no axis carries."""
-        sizes = [axis.sizes[value] for axis in self.axes]
-        not_kept = [sum(step.keep_from for step in axis.steps[value]) for axis in self.axes]
-        return prod(sizes) - prod(not_kept)
+        """How many positions of `value` all records hold together."""
+        total = 0
+        for depth, axis in enumerate(self.axes):
+            shared = [sum(step.shared for step in outer.steps[value]) for outer in self.axes[:depth]]
+            kept = sum(axis.kept(value, step) for step in range(axis.count))
+            total += prod(shared) * kept * prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
+        return total
 
     def in_flight(self, weights: Mapping[int, int]) -> int:
         """The most positions that earlier tiles hold for later ones at any time, each times the weight of its value.
 
-        These are the carry of a band of tiles along the first axis, of one tile's width along the last.
+        These are the records of a band of tiles along the first axis, of one tile's width along the last.
         """
         total = 0
         for depth, axis in enumerate(self.axes):
-            across = {
-                value: weight
-                * prod(max(step.keep_from for step in outer.steps[value]) for outer in self.axes[:depth])
-                * prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
-                for value, weight in weights.items()
-            }
-            total += max(
-                sum(positions * axis.carry(value, step) for value, positions in across.items())
-                for step in range(axis.count)
-            )
+            held = [0] * axis.count
+            for value, weight in weights.items():
+                across = prod(max(step.shared for step in outer.steps[value]) for outer in self.axes[:depth])
+                across *= prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
+                for step, rows in enumerate(axis.held(value)):
+                    held[step] += weight * across * rows
+            total += max(held)
         return total
 
     def layout(self, value: int, tile: Tile) -> Layout:
-        """How the region of `value` is put together in a tile. Tiles that do it alike get one and the same object."""
-        return _layout(tuple(axis.steps[value][step] for axis, step in zip(self.axes, tile, strict=True)))
+        """How the region of `value` is put together in a tile; the same in all tiles of a kind."""
+        steps = tuple(axis.steps[value][step] for axis, step in zip(self.axes, tile, strict=True))
+        reads = zip(*(step.reads for step in steps), strict=True)
+        return Layout(
+            extent=tuple(step.extent for step in steps),
+            own=tuple(map(_own, steps)) if all(step.fresh for step in steps) else None,
+            parts=tuple(_parts(steps)),
+            reads=tuple(None if None in read else tuple(slice(*rows) for rows in read) for read in reads),
+            keeps=tuple(_keeps(steps)),
+        )
 
     def __str__(self) -> str:
         tables = [_table(axis, name, self._values) for axis, name in zip(self.axes, self._names, strict=True)]
@@ -171,54 +189,85 @@ def _letters(kind: int) -> str:
     return (_letters(kind // 26 - 1) if kind >= 26 else "") + chr(ord("A") + kind % 26)
 
 
-@lru_cache(maxsize=65536)
-def _layout(steps: tuple[AxisStep, ...]) -> Layout:
-    computes = all(step.fresh for step in steps)
-    reads = zip(*(step.reads for step in steps), strict=True)
-    return Layout(
-        extent=tuple(step.extent for step in steps),
-        own=tuple(slice(step.extent - step.fresh, step.extent) for step in steps) if computes else None,
-        parts=tuple(_parts(steps)),
-        reads=tuple(None if None in read else tuple(slice(*rows) for rows in read) for read in reads),
-        keeps=tuple(_keeps(steps)),
-    )
+def _own(step: AxisStep) -> slice:
+    """The step's own rows, in the region."""
+    return slice(step.extent - step.fresh, step.extent)
 
 
-def _keeps(steps: tuple[AxisStep, ...]) -> Iterator[tuple[int, Index]]:
-    """The pieces of the fresh block that are kept."""
+def _all(step: AxisStep) -> slice:
+    """All rows of the region."""
+    return slice(0, step.extent)
+
+
+def _earlier(step: AxisStep) -> slice:
+    """The rows of earlier steps, in the region."""
+    return slice(0, step.extent - step.fresh)
+
+
+def _shared(step: AxisStep) -> slice:
+    """The step's own rows that the records of later axes hold, in the region."""
+    return slice(step.extent - step.fresh, step.extent - step.fresh + step.shared)
+
+
+def _kept(step: AxisStep) -> slice:
+    """The step's own rows that are kept, in the region."""
+    return slice(step.extent - step.fresh + step.keep_from, step.extent)
+
+
+def _keeps(steps: tuple[AxisStep, ...]) -> Iterator[Kept]:
+    """What is kept of the fresh block."""
     for axis, carrying in enumerate(steps):
-        rows = [(0, step.keep_from) for step in steps[:axis]]
-        rows += [(carrying.keep_from, carrying.fresh)]
-        rows += [(0, step.fresh) for step in steps[axis + 1 :]]
-        if all(last > first for first, last in rows):
-            yield axis, tuple(slice(*row) for row in rows)
+        before = [slice(0, step.shared) for step in steps[:axis]]
+        here, kept = slice(carrying.keep_from, carrying.fresh), slice(0, carrying.fresh - carrying.keep_from)
+        after = steps[axis + 1 :]
+        place = (*before, here, *(slice(0, step.fresh) for step in after))
+        if _has_rows(place):
+            yield Kept(axis, 0, (*before, kept, *map(_own, after)), place)
 
 
-def _parts(steps: tuple[AxisStep, ...]) -> Iterator[Part]:
-    """The region without the fresh block, cut along the pieces of earlier tiles.
+def _parts(steps: tuple[AxisStep, ...]) -> Iterator[Kept]:
+    """The region without the fresh block, cut along the records.
 
     Along every axis the region is the rows of earlier steps, then the step's own, of which some are kept. In two
-    dimensions, the rows come from the block itself or from an earlier tile's piece of this axis:
+    dimensions, the rows come from the block itself or from one of the records of this axis:
 
                             columns of earlier steps   own columns
         rows of earlier steps         axis 0              axis 0
         own rows, not kept            axis 1              fresh block
-        own rows, kept                axis 0              fresh block
+        own rows, kept                axis 0 or 1         fresh block
+
+    The rows of each earlier step are in a record of their own. The own rows that are kept are in the record that the
+    tile itself adds to, unless those of the axes behind hold them, too.
     """
     for axis, carrying in enumerate(steps):
-        before = [[_own(step, 0, step.keep_from)] for step in steps[:axis]]
-        here = [*carrying.past, _own(carrying, carrying.keep_from, carrying.fresh)]
-        after = [[*step.past, _own(step, 0, step.fresh)] for step in steps[axis + 1 :]]
-        for choice in product(*before, here, *after):
-            offset = tuple(past.offset for past in choice)
-            if any(offset) and all(past.src[1] > past.src[0] for past in choice):
-                # Along its own axis, the piece holds only the rows that were kept.
-                skips = [past.skip if number == axis else 0 for number, past in enumerate(choice)]
-                src = tuple(slice(a.src[0] - skip, a.src[1] - skip) for a, skip in zip(choice, skips, strict=True))
-                yield Part(offset, axis, src, tuple(slice(*past.dst) for past in choice))
+        before, after = steps[:axis], steps[axis + 1 :]
+        for past in carrying.past:
+            rows = slice(past.src[0] - past.skip, past.src[1] - past.skip)
+            yield from _part(axis, past.ago, before, rows, slice(*past.dst), tuple(map(_all, after)))
+        if carrying.shared == carrying.fresh:
+            continue
+        kept = slice(0, carrying.fresh - carrying.keep_from)
+        for number, step in enumerate(after):
+            behind = (*map(_own, after[:number]), _earlier(step), *map(_all, after[number + 1 :]))
+            yield from _part(axis, 0, before, kept, _kept(carrying), behind)
 
 
-def _own(step: AxisStep, first: int, last: int) -> Past:
-    """Rows of the step's own block, in the form of rows of an earlier one."""
-    origin = step.extent - step.fresh
-    return Past(0, (first, last), step.keep_from, (origin + first, origin + last))
+def _part(
+    axis: int, ago: int, before: tuple[AxisStep, ...], rows: slice, place: slice, behind: Index
+) -> Iterator[Kept]:
+    """A part of the region from a record of `axis`, unless it is empty.
+
+    It is `rows` of the record, at `place` in the region, along that axis, and `behind` along those behind it.
+    """
+    part = Kept(
+        axis,
+        ago,
+        (*(slice(0, step.shared) for step in before), rows, *behind),
+        (*map(_shared, before), place, *behind),
+    )
+    if _has_rows(part.place):
+        yield part
+
+
+def _has_rows(index: Index) -> bool:
+    return all(rows.stop > rows.start for rows in index)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from .axes import IMAGE
@@ -25,6 +25,10 @@ AxisGraph = tuple[Edges, ...]
 """The edges of all values along one axis, in topological order. The first value is the image, which has none."""
 Range = tuple[int, int]
 """The first row, and one past the last."""
+
+TWICE = 4
+"""Rows that are carried along one axis are kept with those that later axes carry, too, if they are at most 1 / TWICE of
+the block: regions then consist of fewer parts, and hardly any position is kept twice."""
 
 THIN = 12
 """A value that would compute at most tile / (2 * THIN) rows per step skips some steps, and then computes all their rows
@@ -42,7 +46,7 @@ class SizeError(ValueError):
 class Past(NamedTuple):
     """Rows of a region that an earlier step has computed."""
 
-    offset: int
+    ago: int
     """How many steps ago."""
     src: Range
     """Which rows of the block that was computed then."""
@@ -52,12 +56,9 @@ class Past(NamedTuple):
     """Which rows of the region."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AxisStep:
-    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block.
-
-    Most steps are alike; `_alike` makes those one object, so that layouts are found by identity.
-    """
+    """One value at one step of one axis. The region is rows [tail[t], frontier[t+1]): carry and fresh block."""
 
     extent: int
     """Rows of the region."""
@@ -69,6 +70,12 @@ class AxisStep:
     """Where the rows before the block come from."""
     reads: tuple[Range | None, ...]
     """What each reader takes of the region; None for one that does not run."""
+
+    @property
+    def shared(self) -> int:
+        """How many rows of the block the records of later axes hold, from the first on: those that this axis does not
+        keep, or all of them if it keeps few."""
+        return self.fresh if TWICE * (self.fresh - self.keep_from) <= self.fresh else self.keep_from
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,42 @@ class Axis:
         """How many rows of `value` the step computes."""
         return self.frontier[value][step + 1] - self.frontier[value][step]
 
+    def kept(self, value: int, step: int) -> int:
+        """How many of the rows of `value` that the step computes are kept."""
+        own = self.steps[value][step]
+        return own.fresh - own.keep_from
+
+    def held(self, value: int) -> list[int]:
+        """How many rows of `value` are held during every step: what that step keeps, and what a step before it has kept
+        that is still needed. The rows that one step keeps are released together."""
+        changes = [0] * (self.count + 1)
+        for step in range(self.count):
+            changes[step] += self.kept(value, step)
+            changes[max(step, self.last[value][step]) + 1] -= self.kept(value, step)
+        return list(accumulate(changes[:-1]))
+
+    @cached_property
+    def expiring(self) -> list[list[tuple[int, int]]]:
+        """For every step, the (value, step) whose kept rows no later step reads."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.count)]
+        for value, last in enumerate(self.last):
+            for step, reader in enumerate(last):
+                if self.kept(value, step):
+                    found[max(step, reader)].append((value, step))
+        return found
+
     def carry(self, value: int, step: int) -> int:
         """How many rows of `value` are kept for later steps when `step` begins."""
         return self.frontier[value][step] - self.tail[value][step]
+
+    @cached_property
+    def alike(self) -> list[list[int]]:
+        """For every value and step a number; steps that treat the value alike have the same."""
+        found = []
+        for steps in self.steps:
+            known: dict[AxisStep, int] = {}
+            found.append([known.setdefault(step, len(known)) for step in steps])
+        return found
 
     @cached_property
     def kinds(self) -> list[int]:
@@ -109,9 +149,9 @@ class Axis:
 
     def _shape(self, step: int) -> tuple[object, ...]:
         """What a step does, apart from where along the axis it does it."""
-        steps = tuple(steps[step] for steps in self.steps)
+        steps = tuple(numbers[step] for numbers in self.alike)
         spans = tuple(None if (own := spans[step]) is None else tuple(map(_shifted, own)) for spans in self.spans)
-        return steps, spans, tuple(last[step] - step for last in self.last)
+        return steps, spans
 
 
 def _shifted(span: Span) -> tuple[object, ...]:
@@ -217,6 +257,8 @@ def _pace(size: int, count: int, tile: int) -> _Pace:
     which it advances reads its operation's weights and writes their gradients, whatever the number of rows.
     """
     rests = max(1, tile * count // (THIN * size))
+    # A power of two, so that values that rest for different numbers of steps repeat together: steps are of fewer kinds.
+    rests = 1 << rests.bit_length() - 1
     natural = -(-size * rests // count)
     # Half a step more than that: a short lag then ends with the last step instead of taking another.
     return _Pace(-(-3 * natural // 4) if rests > 1 else 1, -(-3 * natural // 2))
@@ -252,7 +294,4 @@ def _axis_step(frontier: list[int], tail: list[int], step: int, reads: list[Span
             src = (first - frontier[before], last - frontier[before])
             past.append(Past(step - before, src, skip, (first - origin, last - origin)))
     taken = tuple(None if span is None else (span.lo - origin, span.hi - origin) for span in reads)
-    return _alike(stop - origin, stop - start, max(tail[step + 1], start) - start, tuple(past), taken)
-
-
-_alike = lru_cache(maxsize=65536)(AxisStep)
+    return AxisStep(stop - origin, stop - start, max(tail[step + 1], start) - start, tuple(past), taken)

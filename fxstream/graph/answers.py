@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from itertools import count
 from typing import Any
@@ -12,80 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-from ..errors import ImageTooSmallError
+from ..errors import ImageTooSmallError, RuleError
 from ..geometry.axes import Symbol, Value, multiplied
-from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace
+from ..ops import Answer, Fact, Local, NotLocal, Pending, Rule, Total, Typed, Unknown, inplace, named
 from ..ops.derived import derived
+from .borrowed import Record, borrowed, tensors_of
 from .nodes import label, leaves, operation, overwrites, rule_of
 from .regions import answer_in_region
-
-
-class Borrowed:
-    """A module with other values for some of its attributes, such as leaves that share its parameters' memory.
-
-    `attributes` are given by their path in the module. A submodule is borrowed, too, with its part of them.
-    """
-
-    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
-        self._module = module
-        self._attributes = attributes
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._attributes:
-            return self._attributes[name]
-        own = getattr(self._module, name)
-        if not isinstance(own, nn.Module):
-            return own
-        start = f"{name}."
-        inner = {path.removeprefix(start): value for path, value in self._attributes.items() if path.startswith(start)}
-        return Borrowed(own, inner)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module itself with the tensors among the other attributes."""
-        tensors = {path: value for path, value in self._attributes.items() if isinstance(value, torch.Tensor)}
-        return torch.func.functional_call(self._module, tensors, args, kwargs)
-
-
-class Watching(TorchFunctionMode):
-    """Sees whether a rule computes with its tensors in its body. In the backward pass, the gradient would be lost."""
-
-    def __init__(self, given: Iterable[Any]) -> None:
-        """`given` holds what the rule is given, among it tensors."""
-        super().__init__()
-        self._given = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
-        """The rule's tensors, and what it has made of them."""
-        self.computed: list[str] = []
-        """The names of the functions that have made a new tensor of these."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        used = [leaf for leaf in leaves((args, kwargs or {})) if self._is_given(leaf)]
-        if used and isinstance(result, torch.Tensor) and result.is_floating_point():
-            made = not result._is_view() and all(result is not tensor for tensor in used)
-            self.computed += [getattr(func, "__name__", str(func))] if made else []
-            self._given.append(result)
-        return result
-
-    def _is_given(self, leaf: Any) -> bool:
-        return isinstance(leaf, nn.Parameter) or any(leaf is tensor for tensor in self._given)
 
 
 def answer(
     node: fx.Node,
     inputs: Callable[[fx.Node], Any],
     module: nn.Module | None,
-    attributes: Mapping[str, Any] | None = None,
     freeze_batchnorm: bool = False,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    record: Record | None = None,
 ) -> Answer:
     """What the rule of a node's operation says, given the value of each node that it reads.
 
-    Tensors in `attributes` stand in for the module's own. With `freeze_batchnorm`, batch norms use their running
-    statistics in every mode. Raises ImageTooSmallError where a window does not fit the image.
+    It is given the `tensors` of the module, by path in the module; by default the module's own. What it reads of the
+    module's attributes is noted in `record`. With `freeze_batchnorm`, batch norms use their running statistics in every
+    mode. Raises ImageTooSmallError where a window does not fit the image, and RuleError if a rule of a user's own
+    computes with a tensor.
     """
+    reader = f"{label(node)} ({operation(node, module)})"
     args: tuple[Any, ...]
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: named(inputs(source), reader))
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)) and isinstance(args[1], (int, slice)):
         return Fact(args[0][args[1]])
     rule = rule_of(node, module)
@@ -95,20 +49,32 @@ def answer(
             return Fact(sizes)
         made = any(isinstance(leaf, (torch.Tensor, Typed, Pending)) for leaf in found)
         if made and module is None and rule is not None and _is_repeatable(rule) and not overwrites(node, None):
-            return derived(_called(node), args, kwargs)
+            return _unless_numbers(derived, _called(node), args, kwargs)
         return _of_sizes(node, args, kwargs, found)
     if rule is None:
         return NotLocal(f"has no streaming rule ({operation(node, module)})", "register one, see fxstream.register")
     if module is not None:
-        frozen = {"training": False} if freeze_batchnorm and isinstance(module, _BatchNorm) else {}
-        args = (Borrowed(module, {**(attributes or {}), **frozen}), *args)
+        given = tensors_of(module.named_modules(remove_duplicate=False)) if tensors is None else tensors
+        own = borrowed(module, str(node.target), reader, given, record)
+        if freeze_batchnorm and isinstance(module, _BatchNorm):
+            own.freeze()
+        args = (own, *args)
     elif freeze_batchnorm and node.target is F.batch_norm:
         kwargs = _frozen(rule, args, kwargs)
         args = ()
     try:
-        return answer_in_region(node, rule(*args, **kwargs))
+        found_by_rule = _unless_numbers(rule, *args, **kwargs) if _is_ours(rule) else rule(*args, **kwargs)
+        return answer_in_region(node, found_by_rule)
     except ValueError as error:
         raise ImageTooSmallError(f"the image is too small for {label(node)}: {error}") from None
+
+
+def _unless_numbers(rule: Callable[..., Answer], *args: Any, **kwargs: Any) -> Answer:
+    """The answer of one of our own rules; `NotLocal` if it depends on the numbers in a tensor."""
+    try:
+        return rule(*args, **kwargs)
+    except RuleError:
+        return NotLocal("depends on the numbers in a tensor", "give it numbers of Python")
 
 
 def _sizes_asked(node: fx.Node, args: tuple[Any, ...]) -> Any:
@@ -122,9 +88,18 @@ def _sizes_asked(node: fx.Node, args: tuple[Any, ...]) -> Any:
 
 def _is_repeatable(rule: Rule) -> bool:
     """Whether an operation does the same every time: one of ours that draws no random numbers."""
+    return _is_ours(rule) and _module_of(rule).rpartition(".")[2] != "dropout"
+
+
+def _is_ours(rule: Rule) -> bool:
+    """Whether a rule is one of fxstream's own."""
+    return _module_of(rule).rpartition(".")[0] == Rule.__module__.rpartition(".")[0]
+
+
+def _module_of(rule: Rule) -> str:
+    """The Python module in which a rule is written."""
     function = getattr(rule.function, "func", rule.function)  # of a partial
-    ours, _, family = function.__module__.rpartition(".")
-    return ours == Rule.__module__.rpartition(".")[0] and family != "dropout"
+    return str(function.__module__)
 
 
 def _called(node: fx.Node) -> Callable[..., Any]:

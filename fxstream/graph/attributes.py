@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from types import FunctionType, MethodType, NoneType, SimpleNamespace
+from enum import Enum
+from itertools import count
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 Held = Any
 """A number, a string, None or a tuple of these; or nested dicts of such, by key, index or name of an attribute."""
 _NUMBERS = (bool, int, float, complex, str, NoneType)
+_NAMED = (bytes, torch.dtype, torch.device, torch.layout, torch.memory_format, slice)
 LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "fxstream"}
 """Packages whose objects are not a user's own."""
 
@@ -50,6 +53,50 @@ def difference(before: Held, now: Held, name: str) -> tuple[str, Any, Any] | Non
         if found is not None:
             return found
     return None
+
+
+INCOMPARABLE = object()
+"""The fingerprint of a value that cannot be compared with what it was before."""
+_MOST_PARTS = 1000
+"""Beyond so many parts, a value is not compared, which would take longer than what is saved."""
+
+
+def fingerprint(value: Any) -> Any:
+    """What tells whether a value has changed: equal for values of the same types and contents; or `INCOMPARABLE`.
+
+    Containers and plain objects are looked into.
+    """
+    return _fingerprint(value, (), count())
+
+
+def _fingerprint(value: Any, around: tuple[Any, ...], counter: Iterator[int]) -> Any:
+    """See `fingerprint`. `around` are the values that hold this one, `counter` counts those that are looked into."""
+    kind = type(value)
+    if kind in _NUMBERS or isinstance(value, _NAMED):
+        return kind, repr(value)  # unlike 0.0 and -0.0, their texts differ
+    if _is_constant(value):
+        return value
+    if next(counter) > _MOST_PARTS or any(value is other for other in around):
+        return INCOMPARABLE
+    if kind in (set, frozenset):
+        parts: Any = [("", part) for part in sorted(value, key=repr)]
+    elif kind in (dict, OrderedDict):
+        parts = value.items()
+    elif kind in (list, tuple, torch.Size, deque) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        parts = [("", part) for part in value]
+    elif is_plain_object(value) and not isinstance(value, (list, tuple, set, dict)):
+        parts = vars(value).items()
+    else:
+        return INCOMPARABLE
+    marks = [tuple(_fingerprint(part, (*around, value), counter) for part in pair) for pair in parts]
+    return INCOMPARABLE if any(INCOMPARABLE in mark for mark in marks) else (kind, tuple(marks))
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a value stays what it is: a class, or a function that closes over nothing."""
+    if isinstance(value, BuiltinFunctionType):
+        return isinstance(value.__self__, (type, ModuleType, NoneType))
+    return isinstance(value, (type, Enum)) or (isinstance(value, FunctionType) and not value.__closure__)
 
 
 def is_plain_object(value: Any) -> bool:

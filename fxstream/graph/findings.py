@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from ..errors import StreamingError
 from ..geometry.axes import IMAGE, Dim, Symbol, Value
 from ..geometry.window import IDENTITY, Window
 from ..ops import Answer, Fact, Local, NotLocal, Total
 from .aliasing import Aliasing
-from .answers import Watching, answer, complaint, define, locals_of
+from .answers import answer, complaint, define, locals_of
 from .constants import Constants
 from .hooks import has_hooks
 from .nodes import is_new, is_own_code, label, leaves, operation, overwrites
@@ -226,16 +225,7 @@ class _Walk:
             return NotLocal("has a hook, which would run once per tile", "remove the hook")
         if module is not None and str(node.target) in self.trace.opaque:
             return self.trace.opaque[str(node.target)]
-        given = [leaf for source in node.all_input_nodes for leaf in leaves(self._input(source))]
-        own = () if module is None else (*module.parameters(), *module.buffers())
-        with Watching((*given, *own)) as watching:
-            found = answer(node, self._input, module, freeze_batchnorm=self.freeze_batchnorm)
-        if watching.computed:
-            raise StreamingError(
-                f"the streaming rule of {label(node)} ({operation(node, module)}) computes with a tensor itself "
-                f"({', '.join(watching.computed)}), so that the tensor would get no gradient. "
-                "Way out: compute with tensors only inside the `run` of its Local"
-            )
+        found = answer(node, self._input, module, self.freeze_batchnorm)
         if isinstance(found, Total) and found.operand.index == IMAGE:
             return found.problem  # there is nothing to stream
         if isinstance(found, Local) and found.mutates is not None:

@@ -146,8 +146,3 @@ def output_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The nodes whose values a streamed graph returns: one, or a tuple of them."""
     (output,) = graph.output_node().args
     return [output] if isinstance(output, fx.Node) else list(output)  # type: ignore[arg-type]  # a tuple of nodes
-
-
-def requires_grad(value: Any) -> bool:
-    """Whether a value is a tensor that requires a gradient."""
-    return isinstance(value, torch.Tensor) and value.requires_grad

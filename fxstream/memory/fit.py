@@ -1,4 +1,5 @@
-"""tile_shape="auto": tiles as large as a memory budget allows, chosen at a call, when the image's size is known."""
+"""How a call uses its memory budget, chosen when the image's size is known: its tiles if tile_shape is "auto", and what
+it keeps."""
 
 from __future__ import annotations
 
@@ -7,30 +8,46 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import MemoryBudgetError
+from ..graph.mirror import tensor_on_meta
 from ..scan.call import Call
-from ..scan.mirror import tensor_on_meta
+from ..scan.keeping import NOTHING, Keep
 from .footprint import working_set
+from .keeping import chosen
 
 LEAST = 128
 """Pixels along the edge of the smallest tile: smaller ones carry more than they save, and take long."""
 MARGIN = 10
 """Safety margin: 1/MARGIN is added to every prediction."""
 SHARE = 2
-"""Tiles may use 1/SHARE of the budget. The rest keeps the graphs of tiles, which are then not computed again."""
+"""Tiles may use 1/SHARE of the budget. The rest is for what need not be computed again."""
 
 
 class Fit(NamedTuple):
-    """Tiles that fit a memory budget."""
+    """How a call uses its memory budget: the fields of its `Call` of the same names."""
 
     tiles: tuple[int, ...]
     """The size of a tile along each streamed axis."""
     budget: int
-    """Bytes that are left for the graphs of tiles."""
+    """Bytes that are left for what need not be computed again."""
+    keep: Keep = NOTHING
 
 
+@_disable_current_modes()  # so that a FlopCounterMode around the call does not count what is found out here
 def fitted(call: Call, tensors: Sequence[torch.Tensor]) -> Fit:
+    """The tiles of the call, and what it keeps if there will be a backward pass.
+
+    Raises MemoryBudgetError if no tiles fit the budget.
+    """
+    fit = Fit(call.tiles, call.budget) if call.settings.tiling.sizes is not None else _fitting_tiles(call, tensors)
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return fit
+    return fit._replace(keep=chosen(replace(call, **fit._asdict()), tensors))
+
+
+def _fitting_tiles(call: Call, tensors: Sequence[torch.Tensor]) -> Fit:
     """The largest square tiles that take half of the call's memory budget, or else the largest that take all of it.
 
     Raises MemoryBudgetError if no tiles fit it.

@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..scan.keeping import Result
+
 
 class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Counts the FLOPs of what runs while it is active: those of convolutions, matrix products and attention.
@@ -59,4 +61,19 @@ def _convolution_backward(
     return forward * sum(wanted[:2])
 
 
-_FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: _convolution_backward}
+_ATEN = torch.ops.aten
+_FORMULAS = {
+    **flop_registry,
+    _ATEN.convolution_backward: _convolution_backward,
+    # Torch has formulas for the kernels of a GPU only.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+def result_flops(result: Result) -> int:
+    """The FLOPs that a kernel has taken for a result."""
+    function, args, kwargs, _ = result.signature
+    return int(_FORMULAS[function._overloadpacket](*args, **kwargs, out_val=result.returned))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,8 +16,7 @@ from ..errors import StreamingError
 from ..geometry.grid import Grid
 from ..geometry.schedule import Axis, equal_step
 from ..scan.call import Call
-from ..scan.sums import Sums
-from ..scan.tape import IMAGE_SLOT, detached_leaves
+from ..scan.sums import IMAGE_SLOT, Sums, detached_leaves
 from ..scan.tiles import Forward, Scan
 from .live import LiveBytes
 
@@ -29,6 +30,8 @@ class WorkingSet(NamedTuple):
 
     carried: int
     """Kept between forward and backward; without gradients, the most at any time."""
+    kept: int
+    """Kept beside that because the memory budget allows it."""
     owed: int
     """Gradients of what is carried, the most at any time."""
     tile: int
@@ -41,15 +44,32 @@ def working_set(call: Call, tensors: Sequence[torch.Tensor]) -> WorkingSet:
     A crop of the image that has a few tiles is enough: how much these leave to later ones follows from the schedule.
     """
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    call = replace(call, budget=0, device=torch.device("meta"))
+    grid = call.program(tensors).grid(call.tiles)
+    kept, sample = call.keep.nbytes, None
+    if call.keep.complete and call.budget > kept:
+        recorded = _sample(replace(call, budget=sys.maxsize), tensors, trains)
+        graphs = recorded.held * prod(call.shape) // prod(recorded.scan.call.shape)
+        if graphs <= call.budget:
+            kept, sample = graphs, recorded
+        else:
+            # Each tile that stays recorded holds its graph and not its results.
+            tiles = (call.budget - kept) * grid.count // (graphs - kept)
+            kept += tiles * (graphs - kept) // grid.count
+    if sample is None:
+        # The largest tile keeps neither its graph nor the results of a value of which only the first tiles keep them.
+        keep = replace(call.keep, partial=None, complete=False)
+        sample = _sample(replace(call, keep=keep), tensors, trains)
+    return WorkingSet(sample.carried(grid), kept, sample.owed(grid), sample.tile)
+
+
+def _sample(call: Call, tensors: Sequence[torch.Tensor], trains: bool) -> _Sample:
+    """A call on a part of the image, or on the image if its size does not suit the model."""
+    call = replace(call, device=torch.device("meta"))
     with torch.random.fork_rng(devices=[]):
         try:
-            sample = _Sample(*_crop(call, tensors), trains)
+            return _Sample(*_crop(call, tensors), trains)
         except StreamingError:
-            # Not every size suits every model.
-            sample = _Sample(call, tensors, trains)
-    grid = call.program(tensors).grid(call.tiles)
-    return WorkingSet(sample.carried(grid), sample.owed(grid), sample.tile)
+            return _Sample(call, tensors, trains)
 
 
 def _crop(call: Call, tensors: Sequence[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
@@ -82,10 +102,9 @@ class _Measured(Scan):
         self.peak = 0
 
     def _backward_tile(self, *args: Any, sums: Sums) -> None:
-        made = sums.nbytes  # by earlier tiles, for all that follow
         with LiveBytes() as live:
             super()._backward_tile(*args, sums=sums)
-        self.peak = max(self.peak, made + int(live.peak))
+        self.peak = max(self.peak, sums.nbytes + int(live.peak))
 
 
 class _Sample:
@@ -94,8 +113,12 @@ class _Sample:
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor], trains: bool):
         self.trains = trains
         self.scan = Scan(call, tensors)
-        kept = self.scan.forward(keep=True)
-        self.dtypes = {value: piece.dtype for (value, _, _), piece in kept.pieces.items()}
+        with LiveBytes() as live:
+            kept = self.scan.forward(keep=True)
+        known = (*kept.outputs, *kept.records.values(), *chain(*kept.states))
+        self.held = int(live.now) - sum(tensor.nbytes for tensor in known)
+        """Bytes of results and graphs."""
+        self.dtypes = {value: record.dtype for (value, _, _), record in kept.records.items()}
         self.tile = self._training(kept) if trains else self._inference()
 
     def _training(self, kept: Forward) -> int:
@@ -103,7 +126,7 @@ class _Sample:
         gradients = [torch.empty_like(output) if output.is_floating_point() else None for output in kept.outputs]
         backward = _Measured(self.scan.call, detached_leaves(tensors, [tensor.requires_grad for tensor in tensors]))
         with torch.no_grad():
-            backward.backward(kept.states, kept.pieces, {}, gradients)
+            backward.backward(kept.states, kept.records, kept.recorded, kept.results, gradients)
         return backward.peak
 
     def _inference(self) -> int:
@@ -122,7 +145,7 @@ class _Sample:
         """Bytes of the gradients of pieces that are alive at a time."""
         if not self.trains:
             return 0
-        trained = (value for value, step in self.scan.program.computed() if step.differentiable)
+        trained = (value for value, _ in self.scan.program.computed() if self.scan.shared.trained[value])
         return grid.in_flight({value: self._bytes(value) for value in trained})
 
     def _bytes(self, value: int) -> int:

@@ -11,10 +11,10 @@ from torch import fx
 from ..graph.arguments import Form, Question
 from ..graph.facts import Facts
 from ..graph.hooks import remove_hooks
+from ..graph.mirror import on_meta, tensor_on_meta
 from ..graph.nodes import keeps_shape
 from ..graph.prefix import Prefix
 from ..graph.snapshot import RandomState
-from ..scan.mirror import on_meta, tensor_on_meta
 from .flops import Flops
 
 LARGE = 1024

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import StreamingError, WrappedModelError
 from ..graph.arguments import Given, Parameters, Slot, surroundings
+from ..graph.mirror import mirror_registries, refer_to_twins
 from ..graph.serialize import dump_graph, load_graph
 from ..scan.checks import check_image
-from ..scan.mirror import mirror_registries, refer_to_twins
 from ..scan.settings import parse_bytes
 from .extended import extended, is_found_by_name
 from .older import provide

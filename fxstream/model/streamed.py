@@ -30,7 +30,7 @@ from ..errors import DoubleBackwardError, StreamingError
 from ..graph.serialize import dump_graph, load_graph
 from ..graph.trace import Assumptions, traced_again
 from ..memory.fit import Fit, fitted
-from ..scan.call import Call, new_call
+from ..scan.call import Call, Programs, new_call
 from ..scan.checks import (
     check_attributes,
     check_hooks,
@@ -42,10 +42,12 @@ from ..scan.checks import (
 )
 from ..scan.noise import restored_on_failure
 from ..scan.settings import Settings
-from ..scan.tape import detached_leaves
+from ..scan.sums import detached_leaves
 from ..scan.tiles import Scan
 from .older import upgraded
 
+MOST_FITS = 256
+"""For how many kinds of calls the use of the memory budget is remembered."""
 MOST_MODES = 32
 """In how many other combinations of modes a graph is remembered to be the same."""
 
@@ -67,6 +69,7 @@ class Streamed(nn.Module):
         """The converted model, in a tuple, since nn.Module would register it as a submodule. Empty in a copy of this
         module alone."""
         self._fits: dict[str, Fit] = {}
+        self._programs = Programs()
         self._other_modes: deque[Assumptions] = deque(maxlen=MOST_MODES)
         """What holds in other modes in which the model's graph has been found to be the same, the latest last."""
 
@@ -104,10 +107,9 @@ class Streamed(nn.Module):
         check_whole(modules, dict(zip(names[1:], inputs, strict=True)))
         check_hooks(modules, {path: owner.get_submodule(path) for path in self.assumptions.entered})
         check_attributes(owner, self._holding(owner).attributes)
-        call, tensors = new_call(self.graph, self.settings, modules, image, inputs)
-        if self.settings.tiling.sizes is None:
-            tiles, budget = self._fitted(call, tensors)
-            call = replace(call, tiles=tiles, budget=budget)
+        call, tensors = new_call(self.graph, self.settings, modules, image, inputs, self._programs)
+        if self.settings.memory_budget:
+            call = replace(call, **self._fitted(call, tensors)._asdict())
         return call, tensors
 
     def _holding(self, owner: Any) -> Assumptions:
@@ -123,10 +125,14 @@ class Streamed(nn.Module):
         return found
 
     def _fitted(self, call: Call, tensors: list[torch.Tensor]) -> Fit:
-        """The tiles for a call; found once for all calls that are alike in what matters to memory."""
+        """How a call uses the memory budget; found once for all calls that are alike in what matters to memory."""
         trained = torch.is_grad_enabled() and [tensor.requires_grad for tensor in tensors]
-        key = repr((call.shape, [tensor.dtype for tensor in tensors], trained, call.autocast, self.settings))
+        forms = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        modes = [part.training for module in call.modules.values() for part in module.modules()]
+        key = repr((call.shape, forms, trained, modes, call.autocast, self.settings))
         if key not in self._fits:
+            if len(self._fits) == MOST_FITS:
+                del self._fits[next(iter(self._fits))]
             self._fits[key] = fitted(call, tensors)
         return self._fits[key]
 
@@ -135,11 +141,12 @@ class Streamed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever owns the copy binds itself to it.
-        return {**vars(self), "graph": dump_graph(self.graph), "_owner": ()}
+        state = {name: value for name, value in vars(self).items() if name != "_programs"}
+        return {**state, "graph": dump_graph(self.graph), "_owner": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = upgraded(state)
-        state = {"_other_modes": deque(maxlen=MOST_MODES), **state}
+        state = {"_other_modes": deque(maxlen=MOST_MODES), "_programs": Programs(), **state}
         super().__setstate__({**state, "graph": load_graph(state["graph"])})  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
@@ -148,15 +155,15 @@ class _StreamedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scan: Scan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs, states, pieces, recorded = scan.forward(keep=True)
-        ctx.call, ctx.recorded = scan.call, recorded  # not the scan, which holds tensors
-        ctx.keys = list(pieces)
+        outputs, states, records, recorded, results = scan.forward(keep=True)
+        ctx.call, ctx.recorded, ctx.results = scan.call, recorded, results  # not the scan, which holds tensors
+        ctx.keys = list(records)
         ctx.states = [len(state) for state in states]
-        ctx.save_for_backward(*tensors, *pieces.values(), *chain(*states))
+        ctx.save_for_backward(*tensors, *records.values(), *chain(*states))
         ctx.set_materialize_grads(False)
         constant = [
             tensor
-            for output, tensor in zip(scan.outputs.values(), outputs, strict=True)
+            for output, tensor in zip(scan.outputs, outputs, strict=True)
             if not scan.differentiable(output.value, tensor)
         ]
         ctx.mark_non_differentiable(*constant)
@@ -166,11 +173,16 @@ class _StreamedFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         tensors = list(islice(saved, len(ctx.needs_input_grad) - 1))
-        pieces = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
+        records = dict(zip(ctx.keys, islice(saved, len(ctx.keys)), strict=True))
         states = [tuple(islice(saved, size)) for size in ctx.states]
         scan = Scan(ctx.call, detached_leaves(tensors, _asked_for(ctx)))
-        with torch.no_grad():
-            found = scan.backward(states, pieces, ctx.recorded, gradients)
+        try:
+            with torch.no_grad():
+                found = scan.backward(states, records, ctx.recorded, ctx.results, gradients)
+        finally:
+            # They serve once. After a failure, what is left would stay as long as the outputs do.
+            ctx.recorded.clear()
+            ctx.results.clear()
         if torch.is_grad_enabled():
             # It depends on the given gradients, too: `autograd.functional.jvp` differentiates with respect to them.
             reached = (*tensors, *(gradient for gradient in gradients if gradient is not None))

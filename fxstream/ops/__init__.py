@@ -28,6 +28,7 @@ from . import (
     write,
 )
 from .border import fit
+from .given import Given, Typed, named
 from .registry import (
     Answer,
     Fact,
@@ -38,11 +39,11 @@ from .registry import (
     Rule,
     Sliced,
     Total,
-    Typed,
     Unknown,
     functions,
     has_own_methods,
     register,
+    registrations,
     rule_for,
     rule_for_module,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Extreme",
     "Fact",
     "First",
+    "Given",
     "Local",
     "Noise",
     "NotLocal",
@@ -71,7 +73,8 @@ __all__ = [
     "Typed",
     "Unknown",
 ]
-__all__ += ["Value", "Window", "fit", "functions", "has_own_methods", "register", "rule_for", "rule_for_module"]
+__all__ += ["Value", "Window", "fit", "functions", "has_own_methods", "named", "register"]
+__all__ += ["registrations", "rule_for", "rule_for_module"]
 __all__ += [
     "attention",
     "channels",

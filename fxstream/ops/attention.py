@@ -13,7 +13,7 @@ from torch import nn
 
 from ..geometry.axes import Symbol, Value
 from .products import batch_labels, labelled_product, operand_problem, rank_of
-from .registry import Answer, Fact, Local, NotLocal, Unknown, register
+from .registry import Answer, Fact, Local, NotLocal, Unknown, is_tensor, register
 
 _RANDOM = NotLocal("drops attention weights at random in training mode", "call .eval() on it")
 
@@ -82,14 +82,17 @@ def multihead_attention(
     if m.bias_k is not None or m.add_zero_attn:
         sizes["attended"] = Symbol()
 
+    own = _tensors(m)
+
     def attention(*tensors: Any, weights: bool) -> torch.Tensor:
-        *embedded, padding, mask = tensors
-        found = m(*embedded, padding, weights, mask, average_attn_weights, is_causal)
+        query, key, value, padding, mask, *given = tensors
+        module = m.with_tensors(dict(zip(own, given, strict=True)))
+        found = module(query, key, value, padding, weights, mask, average_attn_weights, is_causal)
         return found[weights]  # type: ignore[no-any-return]  # a tensor
 
     def answer(result: list[str], weights: bool) -> Local | NotLocal:
         run = partial(attention, weights=weights)
-        return labelled_product(operands, labels, result, "attends over", run, sizes)
+        return labelled_product(operands, labels, result, "attends over", run, sizes, tuple(own.values()))
 
     attended = answer([*queries, "channel"], weights=False)
     if isinstance(attended, NotLocal):
@@ -102,11 +105,19 @@ def multihead_attention(
     return weights if isinstance(weights, NotLocal) else (attended, weights)
 
 
-def _sample_by_sample(x: Value, batch: int, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
-    """An attention that keeps the shape and treats each sample of dimension `batch` by itself."""
+def _tensors(m: Any) -> dict[str, Any]:
+    """The parameters and buffers of a module, by name."""
+    return {**dict(m.named_parameters()), **dict(m.named_buffers())}
+
+
+def _sample_by_sample(x: Value, batch: int, run: Callable[..., torch.Tensor], *tensors: Any) -> Answer:
+    """An attention that keeps the shape and treats each sample of dimension `batch` by itself.
+
+    `run` gets a block and the tensors.
+    """
     if tags := x.tags(index for index in range(x.rank) if index != batch):
         return NotLocal(f"attends over positions along the streamed {' and '.join(tags)}")
-    return Local((x,), x.dims, run)
+    return Local((x, *tensors), x.dims, run)
 
 
 def _transformer(m: Any, src: Value, mask: Any, padding: Any, is_causal: Any) -> Answer:
@@ -116,7 +127,13 @@ def _transformer(m: Any, src: Value, mask: Any, padding: Any, is_causal: Any) ->
     if isinstance(mask, (Value, Unknown)) or padding is not None or rank_of(mask) == 3:
         return NotLocal("has a mask that its streaming rule does not cover", "use one mask (L, L) for all samples")
     batch_first = next(part.batch_first for part in parts if isinstance(part, nn.MultiheadAttention))
-    return _sample_by_sample(src, 0 if batch_first else 1, lambda block: m(block, mask, is_causal=is_causal))
+    own = _tensors(m)
+
+    def run(block: torch.Tensor, mask: torch.Tensor | None, *given: torch.Tensor) -> torch.Tensor:
+        module = m.with_tensors(dict(zip(own, given, strict=True)))
+        return module(block, mask, is_causal=is_causal)  # type: ignore[no-any-return]  # a tensor
+
+    return _sample_by_sample(src, 0 if batch_first else 1, run, mask, *own.values())
 
 
 @register(nn.TransformerEncoderLayer)
@@ -149,9 +166,14 @@ def shifted_window_attention(
         return _RANDOM
     if any(isinstance(operand, Value) for operand in (*args, *kwargs.values())):
         return NotLocal("has weights that depend on the image")
-    return _sample_by_sample(
-        input, 0, lambda block: _swin().shifted_window_attention(block, *args, training=False, **kwargs)
-    )
+    tensors = {name: given for name, given in (*enumerate(args), *kwargs.items()) if is_tensor(given)}
+
+    def run(block: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        filled: dict[Any, Any] = dict(enumerate(args)) | kwargs | dict(zip(tensors, given, strict=True))
+        further = [filled.pop(index) for index in range(len(args))]
+        return _swin().shifted_window_attention(block, *further, training=False, **filled)  # type: ignore[no-any-return]  # a tensor
+
+    return _sample_by_sample(input, 0, run, *tensors.values())
 
 
 @register("torchvision.models.swin_transformer._patch_merging_pad")

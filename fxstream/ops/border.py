@@ -11,6 +11,7 @@ from ..geometry.window import Border, Span
 
 BORDERS: dict[str, Border] = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}
 """The modes of torch.nn.functional.pad that stream, with the name that windows (and torch.nn.Conv2d) have for each."""
+_NONE = (0, 0)
 
 
 def fit(
@@ -41,6 +42,8 @@ def fit(
         >>> fit(torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1), [span], dims=[2]).flatten()
         tensor([0., 1., 2., 3.])
     """
+    if all(span.pad == _NONE == span.trim for span in spans):
+        return block
     if dims is None:
         dims = range(block.dim() - len(spans), block.dim())
     if any(before or after for before, after in (span.pad for span in spans)):

@@ -37,11 +37,12 @@ def parameter_problem(*parameters: Any) -> NotLocal | None:
     return None
 
 
-def _across(
-    x: Value, dims: Iterable[int], what: str, run: Callable[[torch.Tensor], torch.Tensor], *parameters: Any
-) -> Answer:
-    """The answer for an operation that keeps the shape and combines all positions of `dims`."""
-    return parameter_problem(*parameters) or spanning_problem(x, dims, what) or Local((x,), x.dims, run)
+def _across(x: Value, dims: Iterable[int], what: str, run: Callable[..., torch.Tensor], *parameters: Any) -> Answer:
+    """The answer for an operation that keeps the shape and combines all positions of `dims`.
+
+    `run` gets a block and the parameters.
+    """
+    return parameter_problem(*parameters) or spanning_problem(x, dims, what) or Local((x, *parameters), x.dims, run)
 
 
 @register(F.layer_norm)
@@ -49,7 +50,10 @@ def layer_norm(
     input: Value, normalized_shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Answer:
     shape = tuple(normalized_shape)
-    run = partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=eps)
+
+    def run(block: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.layer_norm(block, shape, weight, bias, eps)
+
     return _across(input, range(-len(shape), 0), "takes the mean and variance", run, weight, bias)
 
 
@@ -61,7 +65,10 @@ def layer_norm_module(m: Any, input: Value) -> Answer:
 @register(F.rms_norm)
 def rms_norm(input: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Answer:
     shape = tuple(normalized_shape)
-    run = partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
+
+    def run(block: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return F.rms_norm(block, shape, weight, eps)
+
     return _across(input, range(-len(shape), 0), "takes the mean square", run, weight)
 
 
@@ -77,7 +84,7 @@ def group_norm(input: Value, num_groups: int, weight: Any = None, bias: Any = No
     if math.prod(num_groups + 1 if dim.known is None else dim.known for dim in input.dims) == num_groups:
         raise ValueError("a group norm of single values")
 
-    def run(block: torch.Tensor) -> torch.Tensor:
+    def run(block: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.group_norm(block, num_groups, weight, bias, eps)
 
     return _across(input, range(1, input.rank), "takes the mean and variance of groups", run, weight, bias)

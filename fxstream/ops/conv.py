@@ -87,13 +87,13 @@ def convolution(
                 windows[axis], native[axis - 2] = IDENTITY, before
     function = _FUNCTIONS[axes]
 
-    def run(block: torch.Tensor, *spans: Any) -> torch.Tensor:
+    def run(block: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *spans: Any) -> torch.Tensor:
         rows = fit(block, spans, border or "zeros")
         if circular:
             rows = F.pad(rows, circular, mode)
         return function(rows, weight, bias, stride, native, dilation, groups)
 
-    return Local((x,), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
+    return Local((x, weight, bias), (dims[0], Dim(None, weight.shape[0]), *dims[2:]), run, windows)
 
 
 def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -161,12 +161,12 @@ def transposed(
         dims = x.slid(windows)
     function = _TRANSPOSED[axes]
 
-    def run(block: torch.Tensor, *spans: Span) -> torch.Tensor:
+    def run(block: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *spans: Span) -> torch.Tensor:
         # The bias is added after `fit`, since it also belongs to rows that no input row contributes to.
         rows = fit(function(block, weight, None, stride, 0, 0, groups, dilation), spans)
         return rows if bias is None else rows + bias.view(-1, *(1,) * axes)
 
-    return Local((x,), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, dict(windows))
+    return Local((x, weight, bias), (dims[0], Dim(None, weight.shape[1] * groups), *dims[2:]), run, dict(windows))
 
 
 def _with_size(window: Transposed, length: int | None, size: int | None) -> Transposed:
@@ -201,12 +201,18 @@ def deformable(
     others = [other for other in (offset, mask) if other is not None]
     operands = tuple(other if isinstance(other, Value) else Sliced(other, rows) for other in others)
 
-    def run(block: torch.Tensor, shifts: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        block: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shifts: torch.Tensor,
+        factors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return function(block, shifts, weight, bias, stride, padding, dilation, factors)  # type: ignore[no-any-return]  # a tensor
 
     sizes = [others[0].dims[axis].size if isinstance(others[0], Value) else others[0].size(axis) for axis in (2, 3)]
     dims = (input.dims[0], Dim(None, weight.shape[0]), *(Dim(None, size) for size in sizes))
-    return Local((input, *operands), dims, run)
+    return Local((input, weight, bias, *operands), dims, run)
 
 
 def _shifting_problem(x: Value, offset: Any, mask: Any) -> NotLocal | None:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ..geometry.axes import Dim, Value, is_extent, is_extent_of
+from ..geometry.window import Window
 from .arguments import unpacked
 from .derived import derived, typed
+from .given import Typed
 from .pointwise import cast
-from .registry import Answer, Fact, Local, NotLocal, Pending, Typed, Unknown, register
+from .registry import Answer, Fact, Local, NotLocal, Pending, is_tensor, register
 
 
 def _created(function: Callable[..., torch.Tensor], size: Sequence[Any], of: Value | None, **options: Any) -> Answer:
@@ -46,17 +48,19 @@ def _created(function: Callable[..., torch.Tensor], size: Sequence[Any], of: Val
     if any(_extents(other) != _extents(source) for other in others):
         return NotLocal("makes a tensor with the type of a value of another size", "name the type")
     values = (source, *others)
+    count = len(values)
     positions = {index: source.position(extent.tag) for index, extent in extents.items()}
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
         shape = [
             blocks[0].size(positions[index]) if index in positions else length for index, length in enumerate(size)
         ]
-        given = dict(zip(values, blocks, strict=True))
-        settled = {name: kind.make(given.get(kind.of, blocks[0])) for name, kind in kinds.items()}
+        given = dict(zip(values, blocks[:count], strict=True))
+        settled = dict(zip(kinds, blocks[count:], strict=True))
         return function(None if of is None else given[of], shape, **{**options, **settled})
 
-    return Local(values, dims, run, windows_of={other: {} for other in others}, differentiable=False)
+    windows_of: dict[Value, dict[int, Window]] = {other: {} for other in others}
+    return Local((*values, *kinds.values()), dims, run, windows_of=windows_of, differentiable=False)
 
 
 def _are_extents(sizes: Collection[Any], value: Value) -> bool:
@@ -85,7 +89,7 @@ for _name in ("zeros", "ones", "empty"):
 
 @register("new_full")
 def new_full(input: Value, size: Any, fill_value: Any, **options: Any) -> Answer:
-    if isinstance(fill_value, (Value, torch.Tensor, Unknown, Typed)):
+    if isinstance(fill_value, Value) or is_tensor(fill_value):
         return NotLocal("fills a tensor with a number that is a tensor", "use torch.where")
     options["fill_value"] = fill_value
     return _created(lambda like, size, **rest: like.new_full(size, **rest), tuple(size), input, **options)
@@ -114,7 +118,7 @@ for _name in ("zeros", "ones", "empty"):
 
 @register(torch.full, takes_sizes=True)
 def full(size: Any, fill_value: Any, **options: Any) -> Answer:
-    if isinstance(fill_value, (Value, torch.Tensor, Unknown, Typed)):
+    if isinstance(fill_value, Value) or is_tensor(fill_value):
         return NotLocal("fills a tensor with a number that is a tensor", "use torch.where")
     options["fill_value"] = fill_value
     return _created(lambda like, size, **rest: torch.full(size, **rest), tuple(size), None, **options)

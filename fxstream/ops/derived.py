@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..errors import RuleError
 from ..geometry.axes import IMAGE, Symbol, Value
-from .registry import Answer, Fact, NotLocal, Pending, Typed, Unknown
+from .given import Given, Typed, facts_of, made_of_tensors
+from .registry import Answer, Fact, NotLocal, Pending, Unknown
 
 
-def typed(of: Value, make: Callable[[torch.Tensor], Any]) -> Any:
+def typed(of: Value, make: Callable[[Any], Any]) -> Any:
     """What follows from the dtype and the device of a value, or what stands for it.
 
     Those of the image are known at a call, those of other values when a block of them is there.
@@ -26,32 +27,44 @@ def typed(of: Value, make: Callable[[torch.Tensor], Any]) -> Any:
 def derived(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Answer:
     """The answer for a function of sizes, types and tensors, none of which depends on pixels.
 
-    What is made of a tensor that requires a gradient is made anew for every tile, with a graph of its own.
+    What is a tensor is made when the tiles are computed: anew for every tile, with a graph of its own, if it is made of
+    a tensor that requires a gradient or has the type of a value; else once.
     """
     leaves: list[Any] = []
     fx.node.map_aggregate((tuple(args), dict(kwargs)), leaves.append)
     if any(isinstance(leaf, (Symbol, Unknown)) for leaf in leaves):
         return Fact(Pending(getattr(function, "__name__", "a tensor")))
-    sources = dict.fromkeys(leaf.of for leaf in leaves if isinstance(leaf, Typed) and leaf.of is not None)
+    later = [leaf for leaf in leaves if isinstance(leaf, Typed)]
+    sources = dict.fromkeys(leaf.of for leaf in later if leaf.of is not None)
     if len(sources) > 1:
         return NotLocal("combines the types of different values", "name the types")
+    tensors = [one for leaf in leaves for one in _tensors(leaf)]
 
-    def make(like: torch.Tensor | None) -> Any:
-        given, options = fx.node.map_aggregate(
-            (tuple(args), dict(kwargs)), lambda leaf: leaf.make(like) if isinstance(leaf, Typed) else leaf
-        )
-        return function(*given, **options)
+    def make(like: torch.Tensor | None, *given: torch.Tensor) -> Any:
+        rest = iter(given)
 
-    if function is operator.getitem and isinstance(args[0], torch.Tensor) and _is_basic(args[1]):
-        with torch.enable_grad():  # rules run without gradients in the backward pass, but this view needs them
-            return Fact(args[0][args[1]])
-    trained = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
-    if sources or trained or any(isinstance(leaf, Typed) for leaf in leaves):
-        return Fact(Typed(next(iter(sources), None), make))
-    return Fact(make(None))
+        def fill(leaf: Any) -> Any:
+            own = [next(rest) for _ in _tensors(leaf)]
+            if isinstance(leaf, Given):
+                return own[0]
+            return leaf.make(like, *own) if isinstance(leaf, Typed) else leaf
+
+        settled, options = fx.node.map_aggregate((tuple(args), dict(kwargs)), fill)
+        return function(*settled, **options)
+
+    if later:
+        return Fact(Typed(next(iter(sources), None), make, tuple(tensors)))
+    try:
+        found = function(*args, **kwargs)  # it may only ask for a size
+        return Fact(found if tensors else made_of_tensors(make, found, ()))
+    except RuleError:
+        of_sizes = all(one.is_of_sizes for one in tensors)
+        found = make(None, *(one.made() for one in tensors)) if of_sizes else facts_of(make, tensors)
+        return Fact(made_of_tensors(make, found, tensors))
 
 
-def _is_basic(index: Any) -> bool:
-    """Whether a tensor with this index is a view of the tensor."""
-    entries = index if isinstance(index, tuple) else (index,)
-    return not any(isinstance(entry, (torch.Tensor, list, bool)) for entry in entries)
+def _tensors(leaf: Any) -> tuple[Given, ...]:
+    """The tensors of which an argument is made."""
+    if isinstance(leaf, Given):
+        return (leaf,)
+    return leaf.tensors if isinstance(leaf, Typed) else ()

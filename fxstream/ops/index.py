@@ -12,6 +12,7 @@ from ..geometry.axes import Dim, Extent, Multiple, Size, Symbol, Value
 from ..geometry.window import Sliding, Span, Table, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
+from .given import Typed
 from .registry import Answer, Local, NotLocal, Pending, Sliced, Unknown, register, unstreamed
 
 
@@ -26,9 +27,9 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Local | NotLocal:
         return NotLocal("concatenates values whose streamed axes are not aligned")
     extents = {index: d.tag for index, d in enumerate(first.dims) if d.tag is not None}
     for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and tensor.dim() != first.rank:
+        if isinstance(tensor, (torch.Tensor, Typed)) and tensor.dim() != first.rank:
             return NotLocal("concatenates a tensor with another number of dimensions")
-        if isinstance(tensor, torch.Tensor) and any(
+        if isinstance(tensor, (torch.Tensor, Typed)) and any(
             first.dims[index].known not in (None, tensor.size(index)) for index in extents
         ):
             return NotLocal("concatenates a tensor whose size is not that of the image")
@@ -241,21 +242,25 @@ def is_list_of_integers(item: Any) -> bool:
     return isinstance(item, list) and all(type(number) is int for number in item)
 
 
-def _reordered(x: Value, dim: int, index: Any, run: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
-    """The positions `index` of a dimension, a list or a tensor of integers, in that order."""
+def _reordered(x: Value, dim: int, index: Any, run: Callable[..., torch.Tensor]) -> Answer:
+    """The positions `index` of a dimension, a list or a tensor of integers, in that order.
+
+    `run` gets a block, and the index if it is a tensor.
+    """
     if tags := x.tags([dim]):
         return NotLocal(f"puts positions along the streamed axis {tags[0]} in another order")
     count: Size = Symbol()
     if not isinstance(index, Unknown):
         count = len(index) if isinstance(index, list) else index.numel()
-    return Local((x,), x.resized({dim: count}), run)
+    operands = (x,) if isinstance(index, list) else (x, index)
+    return Local(operands, x.resized({dim: count}), run)
 
 
 @register(torch.index_select, "index_select")
 def index_select(input: Value, dim: int, index: Any) -> Answer:
     if isinstance(index, Value):
         return NotLocal("picks positions that depend on the image")
-    return _reordered(input, input.dim(dim), index, lambda block: block.index_select(dim, index))
+    return _reordered(input, input.dim(dim), index, lambda block, index: block.index_select(dim, index))
 
 
 @register(torch.flip, "flip")

@@ -40,12 +40,12 @@ def batch_norm(
     if channels is not None and not isinstance(mean, Unknown) and channels != mean.numel():
         return NotLocal(f"has statistics of {mean.numel()} channels and gets {channels}", error=InputError)
 
-    def run(block: torch.Tensor) -> torch.Tensor:
+    def run(block: torch.Tensor, *statistics: torch.Tensor | None) -> torch.Tensor:
         # torch takes these to be contiguous in the backward pass of a block that is channels_last or a single position.
-        own = [None if tensor is None else tensor.contiguous() for tensor in (mean, var, weight, bias)]
+        own = [None if tensor is None else tensor.contiguous() for tensor in statistics]
         return _strided_alike(F.batch_norm(block, own[0], own[1], own[2], own[3], False, 0.0, eps))
 
-    return Local((x,), x.dims, run)
+    return Local((x, mean, var, weight, bias), x.dims, run)
 
 
 def _strided_alike(result: torch.Tensor) -> torch.Tensor:
@@ -56,6 +56,8 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
     in the layout of the other. An instance norm of one image always makes such a stride. A batch norm meets one with a
     single image or a single row, and blocks have a single row more often than images do.
     """
+    if not (result.requires_grad and result.is_cpu and 1 in result.shape):
+        return result
     strides = result.stride()
 
     def lay_out(gradient: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,7 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
             return gradient
         return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
 
-    if result.requires_grad:
-        result.register_hook(lay_out)  # type: ignore[no-untyped-call]  # torch has no types for it
+    result.register_hook(lay_out)  # type: ignore[no-untyped-call]  # torch has no types for it
     return result
 
 
@@ -134,10 +135,10 @@ def instance_norm(
     if math.prod(2 if dim.known is None else dim.known for dim in input.dims[2:]) == 1:
         raise ValueError("an instance norm of single values")  # torch's own condition
 
-    def run(block: torch.Tensor) -> torch.Tensor:
+    def run(block: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         return _strided_alike(F.instance_norm(block, None, None, weight, bias, True, 0.0, eps))
 
-    return Local((input,), input.dims, run)
+    return Local((input, weight, bias), input.dims, run)
 
 
 _register_norm(nn.BatchNorm1d, batch_norm_module, (2, 3), None)

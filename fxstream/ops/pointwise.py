@@ -16,7 +16,8 @@ from torch import nn
 from ..geometry.axes import Dim, Symbol, Value, broadcast
 from . import inplace
 from .derived import derived, typed
-from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Typed, Unknown, register
+from .given import Typed
+from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Unknown, is_tensor, register
 
 
 def pointwise(
@@ -33,7 +34,7 @@ def pointwise(
     if (dims := broadcast(values)) is None:
         return NotLocal("combines values whose streamed axes are not aligned")
     for arg in named.values():
-        if isinstance(arg, (torch.Tensor, Typed, Unknown)):
+        if is_tensor(arg):
             dims = _widened(dims, arg)
     if mutates and not isinstance(args[0], Value):
         return NotLocal(
@@ -49,17 +50,23 @@ def pointwise(
             if problem := _size_problem(arg, dims):
                 return problem
             # Along dimensions that are not streamed, the tensor broadcasts against a block as against the whole value.
-            extents = _broadcast_extents(arg, dims)
-            if extents or isinstance(arg, Typed):
-                operands[name] = Sliced(arg, extents)
+            operands[name] = Sliced(arg, _broadcast_extents(arg, dims))
 
     def run(*blocks: torch.Tensor) -> torch.Tensor:
         filled = named | dict(zip(operands, blocks, strict=True))
-        result = function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
-        # An operation in place keeps the dtype of the operand that it overwrites.
-        return result.to(filled[0].dtype) if mutates else result
+        return function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
 
-    return Local(tuple(operands.values()), dims, run, mutates=args[0] if mutates else None)
+    # Most operations take operands and nothing else.
+    chosen = function if list(operands) == list(range(len(args))) and not kwargs else run
+    if mutates:
+        return Local(tuple(operands.values()), dims, partial(_keeping_dtype, chosen), mutates=args[0])
+    return Local(tuple(operands.values()), dims, chosen)
+
+
+def _keeping_dtype(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) -> torch.Tensor:
+    """What an operation in place leaves: it keeps the dtype of the operand that it overwrites, which is the first."""
+    result = function(*blocks)
+    return result if result.dtype is blocks[0].dtype else result.to(blocks[0].dtype)
 
 
 def _widened(dims: tuple[Dim, ...], constant: torch.Tensor | Typed | Unknown) -> tuple[Dim, ...]:
@@ -117,8 +124,7 @@ def cast(function: Callable[..., torch.Tensor], input: Value, *args: Any, **kwar
 
 def cast_like(function: Callable[..., torch.Tensor], input: Any, *args: Any, **kwargs: Any) -> Answer:
     """The answer for `to` and `type_as`, which take a dtype and a device, or a tensor that has them."""
-    kinds = (Value, torch.Tensor, Typed, Unknown)
-    given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, kinds)), None)
+    given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value) or is_tensor(arg)), None)
     if not isinstance(input, Value):
         return _cast_constant(function, input, args, kwargs)
     if given is None:
@@ -133,10 +139,9 @@ def cast_like(function: Callable[..., torch.Tensor], input: Any, *args: Any, **k
     if source is None or [dim.size for dim in source.dims] != [dim.size for dim in input.dims]:
         return NotLocal("takes the type of a value of another size", "name the type")
 
-    def run(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return block.to(like if isinstance(given, Value) else given.make(like))
-
-    return cast(run, input, source)
+    if isinstance(given, Value):
+        return cast(lambda block, like: block.to(like), input, given)
+    return Local((input, given), input.dims, lambda block, kind: block.to(kind), aliases=input)
 
 
 def _cast_constant(
@@ -292,4 +297,4 @@ def prelu(input: Value, weight: Any) -> Local | NotLocal:
         return NotLocal("has slopes that depend on the image")
     if (isinstance(weight, Unknown) or weight.numel() > 1) and (tags := input.tags([1])):
         return NotLocal(f"has its channels along the streamed axis {tags[0]}")
-    return Local((input,), input.dims, lambda block: F.prelu(block, weight))
+    return Local((input, weight), input.dims, F.prelu)

@@ -20,6 +20,7 @@ from torch import nn
 from ..geometry.axes import Dim, Size, Symbol, Value
 from .arguments import unpacked
 from .channels import parameter_problem, spanning_problem
+from .given import Typed
 from .registry import Answer, Local, NotLocal, Sliced, Unknown, register
 
 Labels = Sequence[str]
@@ -32,7 +33,7 @@ def linear(input: Value, weight: Any, bias: Any = None) -> Answer:
     if not isinstance(weight, Unknown) and weight.dim() != 2:
         return NotLocal("has a weight that is not a matrix")
     dims = input.resized({input.rank - 1: Symbol() if isinstance(weight, Unknown) else weight.shape[0]})
-    return Local((input,), dims, lambda block: F.linear(block, weight, bias))
+    return Local((input, weight, bias), dims, F.linear)
 
 
 @register(nn.Linear)
@@ -47,6 +48,7 @@ def labelled_product(
     what: str,
     run: Callable[..., torch.Tensor],
     sizes: Mapping[str, Size] | None = None,
+    parameters: Sequence[Any] = (),
 ) -> Local | NotLocal:
     """The answer for a product whose dimensions are labelled as in einsum.
 
@@ -58,8 +60,9 @@ def labelled_product(
         labels: for each operand, a label for each of its dimensions.
         result: the labels of the result's dimensions.
         what: what the product does to positions, as a verb phrase for the user: "sums over".
-        run: gets all operands, with blocks in place of the values.
+        run: gets all operands, with blocks in place of the values, and the parameters.
         sizes: the sizes of labels of the result that no operand has.
+        parameters: further tensors, which `run` gets whole.
     """
     given = [(operand, own) for operand, own in zip(operands, labels, strict=True) if operand is not None]
     if any(len(own) != rank_of(operand) for operand, own in given if not isinstance(operand, Unknown)):
@@ -74,20 +77,15 @@ def labelled_product(
     dims = {label: _result_dim(label, tags.get(label), given) for label in result}
     for label, size in (sizes or {}).items():
         dims[label] = Dim(None, size)
-    blocks: dict[int, Value | Sliced] = {}
-    for position, (operand, own) in enumerate(zip(operands, labels, strict=True)):
-        if isinstance(operand, Value):
-            blocks[position] = operand
-        elif isinstance(operand, torch.Tensor) and (extents := _labelled_extents(operand, own, tags)):
+    read: list[Any] = []
+    for operand, own in zip(operands, labels, strict=True):
+        if isinstance(operand, (torch.Tensor, Typed)) and (extents := _labelled_extents(operand, own, tags)):
             if any(dims[own[index]].known not in (None, operand.size(index)) for index in extents):
                 return NotLocal(f"{what} a tensor whose size is not that of the image")
-            blocks[position] = Sliced(operand, extents)
-
-    def on_blocks(*tensors: torch.Tensor) -> torch.Tensor:
-        filled = dict(enumerate(operands)) | dict(zip(blocks, tensors, strict=True))
-        return run(*filled.values())
-
-    return Local(tuple(blocks.values()), tuple(dims[label] for label in result), on_blocks)
+            read.append(Sliced(operand, extents))
+        else:
+            read.append(operand)
+    return Local((*read, *parameters), tuple(dims[label] for label in result), run)
 
 
 def rank_of(operand: Any) -> int:
@@ -129,7 +127,7 @@ def _dim_of(operand: Any, index: int) -> Dim:
     return Dim(None, Symbol() if isinstance(operand, Unknown) else operand.size(index))
 
 
-def _labelled_extents(tensor: torch.Tensor, labels: Labels, tags: Mapping[str, str]) -> dict[int, str]:
+def _labelled_extents(tensor: torch.Tensor | Typed, labels: Labels, tags: Mapping[str, str]) -> dict[int, str]:
     """The dimensions of a tensor whose label is that of a streamed axis, unless they are broadcast."""
     return {i: tags[label] for i, label in enumerate(labels) if label in tags and tensor.size(i) != 1}
 

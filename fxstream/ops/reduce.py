@@ -16,7 +16,7 @@ from ..geometry.axes import Dim, Value
 from .arguments import as_tuple
 from .channels import spanning_problem
 from .pointwise import pointwise
-from .registry import Answer, Local, NotLocal, Total, Unknown, register
+from .registry import Answer, Local, NotLocal, Total, is_tensor, register
 from .totals import Extreme, Reduction, Sum
 
 
@@ -133,7 +133,7 @@ def _register_extreme(name: str) -> None:
 
     @register(function, name)
     def rule(input: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Answer:
-        other = dim if isinstance(dim, (Value, torch.Tensor, Unknown)) else other
+        other = dim if isinstance(dim, Value) or is_tensor(dim) else other
         if other is not None:
             return pointwise(pairwise, input, other)
         # Not torch.amax: its gradient is shared by all positions that hold the extreme value, while the gradient of

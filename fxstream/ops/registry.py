@@ -1,7 +1,10 @@
 """The registry of streaming rules, one for every operation that can stream, and the answers that a rule can give.
 
 A rule is called with the arguments of the operation. Each tensor that depends on the image is replaced by a `Value`,
-and everything else is passed as it is. The rule of a module gets the module first. A rule returns one of these answers:
+and each other tensor by a `Given`, which has its shape and dtype, but no numbers. Everything else is passed as it is.
+The rule of a module gets the module first, whose parameters and buffers are `Given`, too. What a rule wants to compute
+with a tensor belongs into the `run` of its `Local`, which gets the tensors that are listed among the operands. A rule
+returns one of these answers:
 
 - `Local`: the operation is local, with these operands and windows, and runs on a block in this way;
 - `Total`: the operation is a reduction over whole streamed axes, which can be accumulated tile by tile;
@@ -9,8 +12,9 @@ and everything else is passed as it is. The rule of a module gets the module fir
 - `NotLocal`: the operation cannot be streamed, for this reason;
 - a tuple of `Local` and `Fact`: the operation has several results.
 
-Rules run at conversion, when the sizes of the image are not known, and again at every call, so that changes of a
-module's attributes take effect.
+Rules run at conversion, when the sizes of the image are not known, and again at a call. What they answer is kept for
+the calls that are alike: in the sizes and types of all tensors, in the other inputs, and in the attributes and modes of
+the modules. So changes of a module's attributes take effect, and a rule must not depend on anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -28,40 +31,12 @@ from torch import nn
 
 from ..geometry.axes import Dim, Undetermined, UndeterminedError, Value
 from ..geometry.window import IDENTITY, Window
+from .given import Typed
 from .totals import Reduction
 
 Target = type | Callable[..., Any] | str
 """What a rule is registered for: a module class, a function, or the name of a tensor method or of one of these."""
 RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, eq=False)
-class Typed:
-    """A tensor that does not depend on the pixels, but on the dtype or device of a value: `y.new_tensor(2.0)`.
-
-    It can be made once a block of the value is there. What is made may also be the dtype or the device itself.
-    """
-
-    of: Value | None
-    """The value that has the dtype and the device; None if it is made for every tile without."""
-    make: Callable[[Any], Any]
-    """Makes it, given a block of the value."""
-
-    @cached_property
-    def shape(self) -> torch.Size:
-        """The shape of the tensor."""
-        # Without whoever watches what rules compute, since nothing else comes of this.
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            shape: torch.Size = self.make(torch.empty(0)).shape
-        return shape
-
-    def dim(self) -> int:
-        """The number of dimensions of the tensor."""
-        return len(self.shape)
-
-    def size(self, dim: int) -> int:
-        """The size of one of its dimensions."""
-        return self.shape[dim]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +47,7 @@ class Sliced:
     """
 
     tensor: torch.Tensor | Typed
-    """A tensor of any dtype, such as (1, 1, H, W): one that the rule was given, not one that the rule has computed."""
+    """A tensor of any dtype, such as (1, 1, H, W): one that the rule was given."""
     dims: Mapping[int, str]
     """Dimension of the tensor, counted from 0 -> streamed axis, such as {2: "H", 3: "W"}.
 
@@ -115,6 +90,11 @@ class Pending(Unknown):
     """Its shape, if that is what it was made of; some of the sizes may be known only at a call."""
 
 
+def is_tensor(given: Any) -> bool:
+    """Whether what a rule is given stands for a tensor that does not depend on the pixels of the image."""
+    return isinstance(given, (torch.Tensor, Typed, Unknown))
+
+
 @dataclass(frozen=True)
 class Local:
     """The answer for an operation that is local: each position of the result reads a bounded window of its operands.
@@ -140,16 +120,22 @@ class Local:
         torch.Size([1, 3, 8, 10])
     """
 
-    operands: tuple[Value | Sliced | Noise, ...]
-    """The operands, a `Value` first. `run` gets one block, a tensor, for each."""
+    operands: tuple[Value | torch.Tensor | Typed | Sliced | Noise | None, ...]
+    """What `run` gets, at least one `Value` among it.
+
+    For a `Value`, `run` gets a block; for a `Sliced`, the rows of a tensor that belong to the block; for a `Noise`,
+    random numbers. Any other tensor that the rule was given is passed whole, such as the weight of a convolution, and
+    None as None.
+    """
     dims: tuple[Dim, ...]
     """The dimensions of the result in whole, such as (N, C, H, W). Every streamed axis must be among them."""
     run: Callable[..., torch.Tensor]
-    """`run(*blocks, *spans)` computes a block of the result.
+    """`run(*operands, *spans)` computes a block of the result.
 
     The blocks are tensors with the dimensions, dtypes and device of the operands. Along a dimension with a window, a
     block holds the rows that the window reaches and the image has. There is one `Span` for every window, in the order
-    of `windows`. `run` must not write into a block.
+    of `windows`. `run` must not write into what it gets, and must not compute with a tensor that the rule was given and
+    that is no operand: that is a `RuleError`.
     """
     windows: Mapping[int, Window] = field(default_factory=dict)
     """Dimension of the operands, counted from 0 -> the window that slides along it.
@@ -267,8 +253,8 @@ def _with_types(found: Answer) -> Answer:
     """The answer, in which the values that give tensors their types are operands."""
     if not isinstance(found, Local):
         return found
-    typed = (operand.tensor for operand in found.operands if isinstance(operand, Sliced))
-    sources = dict.fromkeys(tensor.of for tensor in typed if isinstance(tensor, Typed) and tensor.of is not None)
+    tensors = (operand.tensor if isinstance(operand, Sliced) else operand for operand in found.operands)
+    sources = dict.fromkeys(tensor.of for tensor in tensors if isinstance(tensor, Typed) and tensor.of is not None)
     more = tuple(source for source in sources if all(source is not value for value in found.values))
     if not more:
         return found
@@ -285,6 +271,13 @@ def _with_types(found: Answer) -> Answer:
 
 
 _RULES: dict[Target, Rule] = {}
+_REGISTERED = [0]
+"""How often a rule has been registered."""
+
+
+def registrations() -> int:
+    """How often a rule has been registered: answers from before the last time may be out of date."""
+    return _REGISTERED[0]
 
 
 def register(
@@ -332,6 +325,7 @@ def register(
         rule = Rule(function, spatial, takes_sizes, inspect.signature(function))
         for target in targets:
             _RULES[target] = rule
+        _REGISTERED[0] += 1
         return function
 
     return declare

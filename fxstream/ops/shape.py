@@ -14,7 +14,8 @@ from ..geometry.window import Sliding, Span, Table, Transposed, Window
 from .arguments import as_tuple, unpacked
 from .border import fit
 from .derived import derived, typed
-from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Typed, Unknown, register
+from .given import Typed
+from .registry import Answer, Fact, Local, NotLocal, Pending, Sliced, Unknown, register
 
 
 @register(nn.Identity)
@@ -162,8 +163,7 @@ def _constant_resized(tensor: Any, sizes: tuple[Any, ...], function: Callable[..
         return derived(function, (tensor, sizes), {})
     if isinstance(tensor, Unknown) or any(isinstance(size, Symbol) for size in sizes):
         return Fact(Unknown("a view"))
-    with torch.enable_grad():  # rules run without gradients in the backward pass, but this result needs them
-        return Fact(function(tensor, sizes))
+    return derived(function, (tensor, sizes), {})
 
 
 @register("view_as", "reshape_as")
@@ -310,13 +310,12 @@ def _expanded_constant(tensor: Any, sizes: Sequence[Any]) -> Answer | None:
         for index, size in enumerate(sizes)
     )
     positions = {index: source.position(extents[index].tag) for index in extents}
-    operands: tuple[Any, ...] = (source,)
-    if own or isinstance(tensor, Typed):
-        new = len(sizes) - tensor.dim()
-        operands = (source, Sliced(tensor, {index - new: tag for index, tag in own.items()}))
+    new = 0 if isinstance(tensor, Unknown) else len(sizes) - tensor.dim()
+    operand = Sliced(tensor, {index - new: tag for index, tag in own.items()})
 
-    def run(block: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
-        shape = [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
-        return torch.Tensor.expand(rows[0] if rows else tensor, shape)
+    def run(block: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return rows.expand(
+            [block.size(positions[index]) if index in positions else size for index, size in enumerate(sizes)]
+        )
 
-    return Local(operands, dims, run)
+    return Local((source, operand), dims, run)

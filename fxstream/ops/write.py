@@ -53,13 +53,14 @@ def _write_where(x: Value, mask: Value | torch.Tensor, value: Any) -> Answer:
     extents = {index: dim.tag for index, dim in enumerate(x.dims[: x.rank - rest]) if dim.tag is not None}
     operand = mask if isinstance(mask, Value) else Sliced(mask, extents)
 
-    def run(block: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def run(block: torch.Tensor, chosen: torch.Tensor, new: torch.Tensor | None) -> torch.Tensor:
         if chosen.dtype is not torch.bool:
             raise InputError(f"a write by index streams where the index is a mask of type bool, not {chosen.dtype}")
         chosen = chosen.reshape(*chosen.shape, *(1,) * rest)
-        return torch.where(chosen, value, block).to(block.dtype)
+        return torch.where(chosen, value if new is None else new, block).to(block.dtype)
 
-    return Local((x, operand), x.dims, run, mutates=x)
+    written = value if isinstance(value, torch.Tensor) else None
+    return Local((x, operand, written), x.dims, run, mutates=x)
 
 
 def _is_shared(x: Value, rest: int, value: torch.Tensor) -> bool:
@@ -138,7 +139,7 @@ def _write_rows(
     value: Any,
 ) -> Answer:
     """The answer for a write into the part `items` of `x`; see `_write_part` for the other arguments."""
-    operands: list[Value | Sliced] = [x]
+    operands: list[Any] = [x]
     windows_of = {}
     shift = len(region) - (value.rank if isinstance(value, Value) else getattr(value, "ndim", 0))
     if isinstance(value, Unknown):
@@ -161,9 +162,15 @@ def _write_rows(
             return NotLocal("writes a tensor whose size is not that of the image")
         operands.append(Sliced(value, extents))
 
+    written_by_operand = len(operands) > 1
+    chosen = {position: item for position, item in enumerate(items) if isinstance(item, torch.Tensor)}
+    operands += chosen.values()
+
     def run(block: torch.Tensor, *rest: Any) -> torch.Tensor:
         given, spans = rest[: len(operands) - 1], rest[len(operands) - 1 :]
         index, taken = list(items), []
+        for position, tensor in zip(chosen, given[len(given) - len(chosen) :], strict=True):
+            index[position] = tensor
         for (dim, rows), span in zip(parts.items(), spans, strict=True):
             assert rows is not None, "sizes are known at a call"
             inside = _inside(rows, span)
@@ -172,7 +179,7 @@ def _write_rows(
             taken.append((dim, rows, inside, span))
             first = inside.start - span.start
             index[dim] = first if isinstance(items[dim], int) else slice(first, inside.stop - span.start, rows.step)
-        written = given[0] if given else value
+        written = given[0] if written_by_operand else value
         if isinstance(value, Value):
             for dim, rows, inside, span in taken:
                 at = value.position(x.dims[dim].tag or "")

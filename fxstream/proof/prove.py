@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ..errors import ProofError, StreamingError
+from ..errors import ProofError, RuleError, StreamingError
 from ..graph.answers import locals_of
 from ..graph.arguments import Parameters
 from ..graph.nodes import label, operation, rule_of
@@ -57,6 +57,7 @@ def find_proof(
 
     Raises:
         ProofError: the plain model and the graph differ.
+        RuleError: the `run` of a rule of a user's own closes over a tensor.
     """
     with LOCK:  # while another thread traces, modules are of other classes
         return _Proof(prefix, parts, name, tiled).run(channels, example_input)
@@ -162,6 +163,8 @@ class _Proof:
                 arguments,
                 image=self.image,
             )
+        except RuleError:
+            raise
         except StreamingError:
             return  # a call raises it, too: nothing is silent
         except Exception as error:

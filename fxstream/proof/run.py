@@ -17,8 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..graph.mirror import cloned, twin_of
 from ..graph.snapshot import RandomState, Snapshot
-from ..scan.mirror import cloned, twin_of
 from .description import Description, of_modules, of_value
 from .images import Arguments
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 
-Region = tuple[tuple[int, int], ...]
-"""Per streamed axis, the first row and one past the last."""
-Regions = Mapping[Region, torch.Tensor]
+Region = tuple[slice, ...]
+"""An index into the image."""
+Regions = list[torch.Tensor]
+Tile = TypeVar("Tile")
 
 
 def fetch(
     cut: Callable[[Region], torch.Tensor],
     source: torch.device,
     target: torch.device,
-    wanted: Sequence[Sequence[Region]],
-) -> Iterator[Regions]:
-    """Yields for every tile its regions on `target`. The copies for the next tile have been started by then.
+    wanted: Iterable[tuple[Tile, list[Region]]],
+) -> Iterator[tuple[Tile, Regions]]:
+    """Yields every tile with its regions on `target`. The copies for the next tile have been started by then.
 
     `wanted` lists the regions of each tile. `cut` gives a region as a view of the image, which is on `source`. Nothing
     is copied if that is the target.
     """
     move: _Move = _Beside(target) if source.type == "cpu" and target.type == "cuda" else _Plainly(target)
-    coming = {region: move.start(cut(region)) for region in wanted[0]}
-    for following in (*wanted[1:], ()):
-        here = coming
-        move.finish(here)
-        coming = {region: move.start(cut(region)) for region in following}
-        yield here
+    coming: tuple[Tile, Regions] | None = None
+    for tile, regions in wanted:
+        here, coming = coming, (tile, [move.start(cut(region)) for region in regions])
+        if here is not None:
+            yield here
+        move.finish(coming[1])
+    if coming is not None:
+        yield coming
 
 
 class _Move(Protocol):
@@ -68,6 +71,6 @@ class _Beside:
     def finish(self, regions: Regions) -> None:
         computing = torch.cuda.current_stream(self.target)
         computing.wait_stream(self.stream)
-        for rows in regions.values():
+        for rows in regions:
             # The memory belongs to the other stream, which must not reuse it before this one is done with it.
             rows.record_stream(computing)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..ops import Place, Total, Totals
-from .carry import empty_like
+from .records import empty_like
 
 Rows = tuple[slice, ...]
 """A block's place in the whole value."""

@@ -1,23 +1,69 @@
-"""Lowering: the streamed graph becomes a program, one step per value, for the image and the tensors of one call."""
+"""Lowering: the streamed graph becomes a program, one step per value, for all calls that are alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map
 
-from ..errors import NotLocalError
+from ..errors import NotLocalError, RuleError
 from ..geometry.axes import IMAGE, Dim, Value
 from ..geometry.grid import Grid
 from ..geometry.schedule import AxisGraph, SizeError, schedule
 from ..geometry.window import Span
 from ..graph.answers import answer, complaint, define, locals_of
-from ..graph.nodes import label, leaves, output_nodes, requires_grad
-from ..ops import Local, NotLocal
+from ..graph.borrowed import Record
+from ..graph.nodes import label, output_nodes
+from ..ops import Given, Local, Noise, NotLocal, Sliced, Typed
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An operand of a step: a block of a value."""
+
+    value: int
+    number: int
+    """The number of this operand among those of the step that are values, by which the schedule knows the edge."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An operand of a step: a tensor of the call that is not the image."""
+
+    slot: int
+    """Its place among the tensors of the call."""
+    dims: Mapping[int, str]
+    """Dimension of the tensor -> streamed axis, for those along which the step gets its own rows; else it is whole."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """An operand of a step: what is made of tensors of the call, or of the type of a value, or of nothing but sizes."""
+
+    make: Callable[..., Any]
+    """`make(block, *parts)` makes it, given a block of the value `like`, or None, and its parts."""
+    like: int | None
+    """The value whose type it has; None if it is made without."""
+    parts: tuple[Slot | Made, ...]
+    """The tensors of which it is made, each of them whole."""
+    dims: Mapping[int, str]
+    """As for a `Slot`. What is made need not be a tensor if this is empty."""
+
+    @cached_property
+    def slots(self) -> frozenset[int]:
+        """The places of the tensors of the call of which it is made."""
+        return frozenset(
+            slot for part in self.parts for slot in ((part.slot,) if isinstance(part, Slot) else part.slots)
+        )
+
+
+Operand = Edge | Slot | Made | Noise | None
 
 
 @dataclass(frozen=True)
@@ -26,15 +72,18 @@ class Step:
 
     node: fx.Node
     local: Local
+    operands: tuple[Operand, ...]
+    """What `local.run` gets in front of the spans, one for each of its operands."""
     spans: tuple[int | Span, ...]
     """For every window the number of the streamed axis that it slides along, or the span of a whole, other axis."""
-    differentiable: bool
-    """Whether the value depends on something that requires a gradient."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """The streamed graph of one call. Its values are numbered in topological order; value `IMAGE` is the image."""
+    """The streamed graph for calls that are alike. It holds no tensor: its steps know the places of those of a call.
+
+    Its values are numbered in topological order; value `IMAGE` is the image.
+    """
 
     axes: tuple[str, ...]
     """The streamed axes."""
@@ -42,7 +91,9 @@ class Program:
     steps: tuple[Step, ...]
     """One per value but the image, in their order."""
     returns: tuple[Any, ...]
-    """What the graph returns, nested as it is: values, totals and facts."""
+    """What the graph returns, nested as it is: values, totals, facts, and `Slot` and `Made` for tensors."""
+    plans: dict[tuple[int, ...], Any] = field(default_factory=dict, repr=False)
+    """What has been planned for it (see plan.py), by the sizes of tiles."""
 
     def step_of(self, value: int) -> Step:
         """The step that computes a value; the image has none."""
@@ -84,52 +135,105 @@ class Program:
                 raise NotLocalError(f"{where}, along {axis} of an image of {size}: {error}") from None
         return Grid(tuple(planned), self.axes, ["image", *(step.node.name for step in self.steps)])
 
+    def trained(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """For every value, whether it depends on something that requires a gradient, given the tensors of the call."""
+        slots = [tensor.requires_grad for tensor in tensors]
+        found = [slots[IMAGE]]
+        for step in self.steps:
+            used = any(_is_trained(operand, found, slots) for operand in step.operands)
+            found.append(used and step.local.differentiable)
+        return found
+
+
+def _is_trained(operand: Operand, values: Sequence[bool], slots: Sequence[bool]) -> bool:
+    """Whether an operand depends on something that requires a gradient, given which values and tensors do."""
+    if isinstance(operand, Edge):
+        return values[operand.value]
+    if isinstance(operand, Slot):
+        return slots[operand.slot]
+    return isinstance(operand, Made) and any(slots[slot] for slot in operand.slots)
+
 
 def lower(
     graph: fx.Graph,
     image: Value,
-    differentiable: bool,
     inputs: Sequence[Any],
     modules: Mapping[str, nn.Module],
-    attributes: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: Mapping[str, Mapping[str, Given]],
     axes: tuple[str, ...],
     freeze_batchnorm: bool,
+    record: Record,
 ) -> Program:
-    """Lower the streamed graph onto an image and what else the call is given.
+    """Lower the streamed graph onto an image and what else a call is given. In the result nothing is trained yet.
 
     Args:
         graph: the streamed graph.
         image: sizes and tags of the image's dimensions.
-        differentiable: whether the image requires a gradient.
-        inputs: what the placeholders of `graph` but the first receive.
+        inputs: what the placeholders of `graph` but the first receive, with a `Given` in place of each tensor.
         modules: path -> module, for every module that `graph` calls.
-        attributes: path -> the tensors that stand in for the module's own, by name.
+        tensors: path -> what stands for the tensors of the module, by name.
         axes: the streamed axes.
         freeze_batchnorm: batch norms use their running statistics in every mode.
+        record: notes what the rules read of the modules.
 
     Raises:
         NotLocalError, or the error that the rule names: an operation that was local at conversion is not local now.
+        RuleError: a rule lists a tensor that is none of those of the call.
     """
     first, *others = (node for node in graph.nodes if node.op == "placeholder")
     values: dict[fx.Node, Any] = {first: image, **dict(zip(others, inputs, strict=True))}
-    trained = [differentiable]
     steps: list[Step] = []
     for node in graph.nodes:
         if not node.op.startswith("call"):
             continue
-        path = str(node.target)
-        own = attributes[path] if node.op == "call_module" else {}
-        module = modules[path] if node.op == "call_module" else None
-        found = answer(node, values.__getitem__, module, own, freeze_batchnorm)
+        path = str(node.target) if node.op == "call_module" else ""
+        module, own = (modules[path], tensors[path]) if path else (None, None)
+        found = answer(node, values.__getitem__, module, freeze_batchnorm, own, record)
         if isinstance(found, NotLocal):
             raise (found.error or NotLocalError)(complaint(node, found))
         values[node] = define(found, IMAGE + 1 + len(steps))
-        read = [*own.values(), *(leaf for source in node.all_input_nodes for leaf in leaves(values[source]))]
-        used = any(trained[leaf.index] if isinstance(leaf, Value) else requires_grad(leaf) for leaf in read)
         for local in locals_of(found):
-            trained.append(used and local.differentiable)
-            steps.append(Step(node, local, tuple(_spans(local, axes)), trained[-1]))
-    return Program(axes, image, tuple(steps), tuple(values[node] for node in output_nodes(graph)))
+            steps.append(Step(node, local, tuple(_operands(local)), tuple(_spans(local, axes))))
+    returned = tuple(values[node] for node in output_nodes(graph))
+    return Program(axes, image, tuple(steps), tree_map(_handed, returned))
+
+
+def _operands(local: Local) -> Iterator[Operand]:
+    """See `Step.operands`."""
+    numbers = count()
+    for operand in local.operands:
+        if isinstance(operand, Value):
+            yield Edge(operand.index, next(numbers))
+        elif isinstance(operand, Sliced):
+            yield _resolved(operand.tensor, operand.dims)
+        elif isinstance(operand, (torch.Tensor, Typed)):
+            yield _resolved(operand, {})
+        else:
+            yield operand
+
+
+def _resolved(tensor: torch.Tensor | Typed, dims: Mapping[int, str]) -> Slot | Made:
+    """Where a tensor that a rule was given comes from at a call."""
+    recipe = tensor if isinstance(tensor, Typed) else getattr(tensor, "recipe", None)
+    if recipe is not None:
+        like = None if recipe.of is None else recipe.of.index
+        return Made(recipe.make, like, tuple(_resolved(one, {}) for one in recipe.tensors), dims)
+    return Slot(_slot(tensor), dims)
+
+
+def _slot(tensor: Any) -> int:
+    if isinstance(tensor, Given) and tensor.slot is not None:
+        return tensor.slot
+    reader = f"the streaming rule of {tensor.reader}" if isinstance(tensor, Given) else "a streaming rule"
+    raise RuleError(
+        f"{reader} has an operand that is neither a tensor that the operation is called with nor a parameter, buffer "
+        "or attribute of its module. Way out: make it a buffer of the module"
+    )
+
+
+def _handed(leaf: Any) -> Any:
+    """What the graph returns, with the origin of a tensor in place of the tensor."""
+    return _resolved(leaf, {}) if isinstance(leaf, (torch.Tensor, Typed)) else leaf
 
 
 def _spans(local: Local, axes: tuple[str, ...]) -> Iterator[int | Span]:

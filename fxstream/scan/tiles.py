@@ -1,32 +1,29 @@
-"""The scan over tiles: forward, and backward as the same scan in reverse.
-
-The grid says which rows, and the rules say how an operation runs on them. This module moves tensors between the two.
-"""
+"""The scan over tiles: forward, and backward as the same scan in reverse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map
 
 from ..errors import StreamingError
-from ..geometry.axes import IMAGE, Extent, Multiple, Value
-from ..geometry.grid import Index, Tile
-from ..geometry.schedule import readers
-from ..graph.nodes import label, leaves
-from ..ops import Noise, Sliced, Total, Totals, Typed
+from ..geometry.axes import Extent, Multiple, Value
+from ..geometry.grid import Tile
+from ..graph.nodes import label
+from ..ops import Noise, Total, Totals
 from .budget import Budget
 from .call import Call
-from .carry import Stitch, TensorLayout, index_of, stitch
-from .fetch import Region, Regions, fetch
-from .noise import draw
+from .execution import Execution, Recorded, RecordedAhead, Shared
+from .fetch import Regions, fetch
+from .keeping import NOTHING, Collector, Results, Returner
 from .outputs import Accumulated, Output, Whole
-from .pieces import Key, Pieces
-from .program import Step
-from .sums import Sums
-from .tape import IMAGE_SLOT, RecordedTile, Source, Tape, detached_leaves
+from .plan import key_of, planned
+from .program import Made, Slot
+from .records import Key, Records
+from .sums import IMAGE_SLOT, Sums, detached_leaves
 
 
 class Forward(NamedTuple):
@@ -35,319 +32,153 @@ class Forward(NamedTuple):
     outputs: tuple[torch.Tensor, ...]
     states: list[Totals]
     """For each output, what the gradients of its blocks need."""
-    pieces: dict[Key, torch.Tensor]
-    recorded: dict[Tile, RecordedTile]
+    records: dict[Key, torch.Tensor]
+    recorded: dict[Tile, Recorded]
     """The tiles that need not be computed again."""
+    results: dict[Tile, Results]
+    """For other tiles, the results of kernels that need not run again."""
 
 
 class Scan:
     """The tiles of one call, computed with the call's tensors or with leaves that share their memory."""
 
     def __init__(self, call: Call, tensors: Sequence[torch.Tensor]):
-        self.call = call
-        self.tensors = tensors
+        self.call, self.tensors = call, tensors
         self.program = call.program(tensors)
-        self.grid = self.program.grid(call.tiles)
-        self.axes = self.program.axes
-        self.trained = [slot for slot, tensor in enumerate(tensors) if tensor.requires_grad]
-        """The places of the tensors that require a gradient."""
-        self.slots = {id(tensor): slot for slot, tensor in enumerate(tensors)}
-        self.readers = readers(self.program.axis_graph(self.axes[0]))
-        """For each value its readers as (value, edge), in the order in which they run."""
-        self.outputs = self._outputs()
-        self.handed = {output.value for output in self.outputs.values()}
-        """The values of which the outputs are made."""
-        self.typing = {leaf.of.index for leaf in leaves(self.program.returns) if isinstance(leaf, Typed) and leaf.of}
-        """The values whose types the graph returns, or tensors of these types."""
-        self.likes: dict[int, torch.Tensor] = {}
-        """For each of these values an empty tensor of its type, once a block has been computed."""
-        self.layouts: dict[tuple[int, int], TensorLayout] = {}
-        self.noise: dict[tuple[int, int], torch.Tensor] = {}
-        """For a value and the place of a Noise among its operands, the random numbers that its tiles share."""
-        self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.local.operands)
+        self.plan = planned(self.program, call.tiles, len(tensors))
+        self.grid = self.plan.grid
+        self.outputs = [self._output(key) for key in self.plan.outputs]
+        self.shared = Shared(call, self.plan, tensors, self.outputs)
+        self.random = any(isinstance(operand, Noise) for step in self.program.steps for operand in step.operands)
 
-    def _outputs(self) -> dict[int | Total, Output]:
-        """What the graph returns, by what `_key` says of it."""
-        found = (leaf for leaf in leaves(self.program.returns) if isinstance(leaf, (Value, Total)))
-        return {_key(leaf): self._output(leaf) for leaf in found}
-
-    def _output(self, leaf: Value | Total) -> Output:
-        value = leaf.index if isinstance(leaf, Value) else leaf.operand.index
+    def _output(self, key: int | Total) -> Output:
+        value = key if isinstance(key, int) else key.operand.index
         lengths = (axis.sizes[value] for axis in self.grid.axes)
         sizes = dict(zip(self.program.positions[value], lengths, strict=True))
-        return Whole(value, sizes) if isinstance(leaf, Value) else Accumulated(value, sizes, leaf)
+        return Whole(value, sizes) if isinstance(key, int) else Accumulated(value, sizes, key)
 
     def filled(self, outputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """What the graph returns, with the output tensors in their places."""
-        by_key = dict(zip(self.outputs, outputs, strict=True))
+        by_key = dict(zip(self.plan.outputs, outputs, strict=True))
 
         def fill(leaf: Any) -> Any:
-            if isinstance(leaf, Typed):
-                return leaf.make(None if leaf.of is None else self.likes[leaf.of.index])
+            if isinstance(leaf, Slot):
+                return self.tensors[leaf.slot]
+            if isinstance(leaf, Made):
+                return self.shared.made(leaf, None if leaf.like is None else self.shared.likes[leaf.like])
             if isinstance(leaf, (Extent, Multiple)):
                 return int(leaf)
-            return by_key[_key(leaf)] if isinstance(leaf, (Value, Total)) else leaf
+            return by_key[key_of(leaf)] if isinstance(leaf, (Value, Total)) else leaf
 
         return tuple(_as_size(tree_map(fill, returned)) for returned in self.program.returns)
 
     def differentiable(self, value: int, tensor: torch.Tensor) -> bool:
         """Whether a gradient for `tensor`, (part of) the value, is of any use."""
         numeric = tensor.is_floating_point() or tensor.is_complex()
-        return numeric and self.program.step_of(value).differentiable
+        return numeric and self.shared.trained[value]
 
     def forward(self, keep: bool) -> Forward:
         """Compute the outputs; with `keep`, also what the backward scan needs."""
-        pieces = Pieces(self.call.device, self.tensors[IMAGE_SLOT].device, keep)
-        recorded: dict[Tile, RecordedTile] = {}
-        budget = Budget(self.call.budget if keep else 0, self.tensors)
-        recording = self._on_leaves() if budget.left else self
-        tiles = list(self.grid.tiles())
+        records = Records(self.grid, self.call.device, self.tensors[IMAGE_SLOT].device, keep)
+        recorded: dict[Tile, Recorded] = {}
+        results: dict[Tile, Results] = {}
+        call = self.call if keep else replace(self.call, keep=NOTHING)
+        budget = Budget(call, self.tensors)
+        recording = self._on_leaves() if budget.graphs else self.shared
         with torch.no_grad(), self.call.autocasting():
-            for tile, regions in zip(tiles, self._fetch(tiles), strict=True):
-                if budget.left:
-                    computed = recording._afforded(budget, recorded, tile, regions, pieces.held)
+            for number, (tile, regions) in enumerate(self._fetched(self.grid.tiles())):
+                collector = Collector(values) if (values := call.keep.of(number)) else None
+                if budget.graphs:
+                    with budget.counting():
+                        done = RecordedAhead(recording, records, tile, regions, collector)
+                    if budget.affords(done, collector.results() if collector else {}):
+                        recorded[tile] = done
+                    # Nothing of this tile may be alive while the next one is computed.
+                    del done
                 else:
-                    computed = self._compute(tile, Source(self.tensors, self.call.device, regions, pieces.held), stitch)
-                self._take(tile, *computed, pieces)
-                # Nothing of this tile may be alive while the next one is computed.
-                del computed
-                pieces.expire(tile)
-            pieces.settle()
-            outputs = tuple(output.result() for output in self.outputs.values())
-        return Forward(outputs, [output.state for output in self.outputs.values()], pieces.held, recorded)
-
-    def _afforded(
-        self,
-        budget: Budget,
-        recorded: dict[Tile, RecordedTile],
-        tile: Tile,
-        regions: Regions,
-        pieces: Mapping[Key, torch.Tensor],
-    ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
-        """Compute a tile with autograd, and add it to `recorded` if the budget allows."""
-        with budget.counting():
-            done = self._record(tile, regions, pieces)
-        if budget.affords(done):
-            recorded[tile] = done
-        return done.blocks, done.kept
-
-    def _take(
-        self,
-        tile: Tile,
-        blocks: Mapping[int, torch.Tensor],
-        kept: Mapping[Key, torch.Tensor],
-        pieces: Pieces,
-    ) -> None:
-        """Give the blocks of a tile to the outputs, and file what later tiles need."""
-        for output in self.outputs.values():
-            if output.value in blocks:
-                output.add(self._fresh(output.value, tile), blocks[output.value].detach())
-        for key, piece in kept.items():
-            pieces.add(key, piece, self.grid.expiry(*key))
+                    Execution(self.shared, records, tile, regions, collector)
+                if collector is not None and tile not in recorded:
+                    results[tile] = budget.afforded(collector.results())
+                records.leave(tile)
+            records.settle()
+            outputs = tuple(output.result() for output in self.outputs)
+        return Forward(outputs, [output.state for output in self.outputs], records.held, recorded, results)
 
     def backward(
         self,
         states: Sequence[Totals],
-        pieces: Mapping[Key, torch.Tensor],
-        recorded: dict[Tile, RecordedTile],
+        held: Mapping[Key, torch.Tensor],
+        recorded: dict[Tile, Recorded],
+        results: dict[Tile, Results],
         gradients: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
         """Gradients of all tensors, from those of the outputs. The tensors must be detached leaves.
 
-        `states`, `pieces` and `recorded` are what the forward scan has left; `recorded` is used up. Raises
+        `states`, `held`, `recorded` and `results` are what the forward scan has left; the last two are used up. Raises
         StreamingError if computing tiles again does not find the positions to which an output's gradient belongs.
         """
-        for output, state in zip(self.outputs.values(), states, strict=True):
+        for output, state in zip(self.outputs, states, strict=True):
             output.restore(state)
-        given = [(output, g) for output, g in zip(self.outputs.values(), gradients, strict=True) if g is not None]
-        sums = Sums(self.tensors, pieces)
+        records = Records(self.grid, self.call.device, self.tensors[IMAGE_SLOT].device, held=held)
+        sums = Sums(self.tensors)
         tiles = list(self.grid.tiles())[::-1]
-        fetched = self._fetch([tile for tile in tiles if tile not in recorded])
+        fetched = self._fetched(tile for tile in tiles if tile not in recorded)
         for tile in tiles:
-            done = recorded.pop(tile, None)
-            self._backward_tile(tile, done, fetched, pieces, given, sums=sums)
-        for output, _ in given:
-            if not output.complete():
+            records.enter_reversed(tile)
+            done, kept = recorded.pop(tile, None), results.pop(tile, {})
+            self._backward_tile(tile, done, kept, fetched, records, gradients, sums=sums)
+            records.leave_reversed(tile)
+        for output, gradient in zip(self.outputs, gradients, strict=True):
+            if gradient is not None and not output.complete():
                 raise StreamingError(_LOST.format(label(self.program.step_of(output.value).node)))
         return sums.of_tensors()
 
     def _backward_tile(
         self,
         tile: Tile,
-        done: RecordedTile | None,
-        fetched: Iterator[Regions],
-        pieces: Mapping[Key, torch.Tensor],
-        given: Sequence[tuple[Output, torch.Tensor]],
+        done: Recorded | None,
+        results: Results,
+        fetched: Iterator[tuple[Tile, Regions]],
+        records: Records,
+        gradients: Sequence[torch.Tensor | None],
         *,
         sums: Sums,
     ) -> None:
-        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`."""
+        """Add the gradients of one tile to the sums; compute the tile again unless it is `done`.
+
+        The kernels whose `results` there are do not run again.
+        """
+        only = None
         if done is None:
-            done = self._record(tile, next(fetched), pieces)
-        roots = [
-            (block, output.gradient(self._fresh(output.value, tile), block.detach(), gradient))
-            for output, gradient in given
-            if (block := done.blocks.get(output.value)) is not None
-        ]
-        roots += [(piece, sums.owed.pop(key)) for key, piece in done.kept.items() if key in sums.owed]
-        done.backward(roots, self.trained, sums.adding)
+            done = Recorded(self.shared, records, *next(fetched), Returner(results) if results else None)
+        else:
+            only = [*sums.shared_with(done.shared.tensors), done.begin, *sums.wanted(done.leaves)]
 
-    def _on_leaves(self) -> Scan:
-        """The same scan with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
-        scan = Scan(self.call, detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors]))
-        scan.likes = self.likes
-        return scan
+        def gradient(number: int, value: int, block: torch.Tensor) -> torch.Tensor | None:
+            given = gradients[number]
+            return None if given is None else self.outputs[number].gradient(self.plan.fresh(value, tile), block, given)
 
-    def _record(self, tile: Tile, regions: Regions, pieces: Mapping[Key, torch.Tensor]) -> RecordedTile:
-        """Compute a tile with autograd."""
-        tape = Tape(self.tensors, self.call.device, regions, pieces, self.differentiable)
-        with torch.enable_grad(), self.call.autocasting():
-            return RecordedTile(tape, *self._compute(tile, tape, Stitch.apply))
+        done.backward(records, gradient, only)
+        sums.add(done.leaves)
 
-    def _fetch(self, tiles: Sequence[Tile]) -> Iterator[Regions]:
-        """For each tile the regions of the image that it reads."""
-        wanted = [list(dict.fromkeys(self._region(*edge, tile) for edge in self._edges(tile))) for tile in tiles]
+    def _on_leaves(self) -> Shared:
+        """The same with leaves of its own, so that the gradients of its tiles do not reach the call's tensors."""
+        leaves = detached_leaves(self.tensors, [tensor.requires_grad for tensor in self.tensors])
+        shared = Shared(self.call, self.plan, leaves, self.outputs)
+        shared.likes = self.shared.likes
+        return shared
+
+    def _fetched(self, tiles: Iterable[Tile]) -> Iterator[tuple[Tile, Regions]]:
+        """Tiles, each with the regions of the image that it reads."""
         image = self.tensors[IMAGE_SLOT]
-        return fetch(lambda region: image[self._index(region)], image.device, self.call.device, wanted)
-
-    def _edges(self, tile: Tile) -> Iterator[tuple[int, int]]:
-        """Through which edges values that run in a tile read the image."""
-        return (edge for edge in self.readers[IMAGE] if self.grid.runs(edge[0], tile))
-
-    def _region(self, value: int, edge: int, tile: Tile) -> Region:
-        """What a value reads of the image through an edge."""
-        return tuple((span.lo, span.hi) for span in self.grid.spans(value, edge, tile))
-
-    def _index(self, region: Region) -> Index:
-        """A region as an index into the whole image."""
-        return self._index_of(IMAGE, tuple(slice(*rows) for rows in region))
-
-    def _compute(
-        self, tile: Tile, source: Source, join: Callable[..., Any]
-    ) -> tuple[dict[int, torch.Tensor], dict[Key, torch.Tensor]]:
-        """Compute one tile: the fresh blocks of the outputs, and what later tiles will need.
-
-        `join` is `stitch`, or its differentiable form.
-        """
-        waiting: dict[tuple[int, int], torch.Tensor] = {}
-        blocks: dict[int, torch.Tensor] = {}
-        kept: dict[Key, torch.Tensor] = {}
-        for value, step in self.program.computed():
-            # Of several results of an operation, some may be of no use.
-            used = bool(self.readers[value]) or value in self.handed or value in self.typing
-            runs = used and self.grid.runs(value, tile)
-            block = self._run(value, step, tile, waiting, source) if runs else None
-            if block is not None and value in self.handed:
-                blocks[value] = block
-            if block is not None and value in self.typing:
-                self.likes[value] = block.new_empty(0)
-            layout = self._layout(value, tile)
-            if layout.idle:
-                continue
-            count = len(layout.reads)
-            if layout.is_block:
-                reads: Sequence[torch.Tensor | None] = [block] * count
-            else:
-                earlier = (
-                    source.piece((value, self.grid.earlier(tile, offset), axis), src)
-                    for offset, axis, src, _ in layout.parts
-                )
-                joined = join(layout, block, *earlier)
-                reads = joined[:count]
-                for (axis, _), rows in zip(layout.keeps, joined[count:], strict=True):
-                    kept[value, tile, axis] = rows
-            for reader, wanted, read in zip(self.readers[value], layout.reads, reads, strict=True):
-                if wanted is not None and read is not None:
-                    waiting[reader] = read
-        return blocks, kept
-
-    def _run(
-        self, value: int, step: Step, tile: Tile, waiting: dict[tuple[int, int], torch.Tensor], source: Source
-    ) -> torch.Tensor:
-        """Run a step on what its operands have for this tile. `waiting` are the blocks that its readers wait for."""
-        operands: list[Any] = []
-        typed: list[tuple[int, Sliced, Typed]] = []
-        edge = 0
-        for operand in step.local.operands:
-            if isinstance(operand, Sliced) and isinstance(operand.tensor, Typed):
-                typed.append((len(operands), operand, operand.tensor))
-                operands.append(None)
-                continue
-            if isinstance(operand, Sliced):
-                given: Any = operand.tensor
-                rows = self._rows(operand.dims, given.dim(), value, tile)
-                slot = self.slots.get(id(given))
-                # What a rule has made of a tensor has no slot: its graph leads to the one that has.
-                operands.append(given[rows] if slot is None else source.tensor(slot, rows))
-                continue
-            if isinstance(operand, Noise):
-                operands.append(self._drawn(operand, value, len(operands), tile, operands[0]))
-                continue
-            if operand.index == IMAGE:
-                region = self._region(value, edge, tile)
-                operands.append(source.image(region, self._index(region)))
-            else:
-                operands.append(waiting.pop((value, edge)))
-            edge += 1
-        for place, sliced, tensor in typed:
-            like = None if tensor.of is None else operands[step.local.operands.index(tensor.of)]
-            operands[place] = tensor.make(like)[self._rows(sliced.dims, tensor.dim(), value, tile)]
-        streamed = self.grid.spans(value, 0, tile)
-        return step.local.run(*operands, *(streamed[span] if isinstance(span, int) else span for span in step.spans))
-
-    def _drawn(self, noise: Noise, value: int, place: int, tile: Tile, like: torch.Tensor) -> torch.Tensor:
-        """The random numbers for the block of `value`: its operand at `place`. `like` is a tensor on their device."""
-        tags = {index: dim.tag for index, dim in enumerate(noise.dims) if dim.tag is not None}
-        rows = self._rows(tags, len(noise.dims), value, tile)
-        whole = [int(dim.size) for dim in noise.dims]
-        if len(tags) == len(self.axes):
-            # No two tiles share any of these: each tile draws its own, and none are kept.
-            number = self._draw_number(value, place, 1 + self.grid.number(tile))
-            shape = [len(range(size)[kept]) for size, kept in zip(whole, rows, strict=True)]
-            return draw(self.call.seed, number, noise.draw, shape, like)
-        key = (value, place)
-        if key not in self.noise:
-            self.noise[key] = draw(self.call.seed, self._draw_number(value, place, 0), noise.draw, whole, like)
-        return self.noise[key][rows]
-
-    def _draw_number(self, value: int, place: int, tile: int) -> int:
-        """A number of its own for every draw: by value, operand and tile; tile 0 is for what all tiles share."""
-        places = max(len(step.local.operands) for step in self.program.steps)
-        return (tile * len(self.readers) + value) * places + place
-
-    def _rows(self, tags: Mapping[int, str], rank: int, value: int, tile: Tile) -> tuple[slice, ...]:
-        """The index into a tensor that selects what belongs to the block of `value`.
-
-        `tags` says which of the tensor's dimensions are streamed axes.
-        """
-        fresh = dict(zip(self.axes, self.grid.fresh(value, tile), strict=True))
-        return tuple(fresh[tags[dim]] if dim in tags else slice(None) for dim in range(rank))
-
-    def _fresh(self, value: int, tile: Tile) -> tuple[slice, ...]:
-        """The block of `value` that the tile computes, as an index into the whole value."""
-        return self._index_of(value, self.grid.fresh(value, tile))
-
-    def _index_of(self, value: int, rows: Index) -> tuple[slice, ...]:
-        """Slices of the streamed axes as an index into (part of) a value."""
-        return index_of(rows, self.program.positions[value], len(self.program.dims(value)))
-
-    def _layout(self, value: int, tile: Tile) -> TensorLayout:
-        layout = self.grid.layout(value, tile)
-        key = (value, id(layout))
-        if key not in self.layouts:
-            self.layouts[key] = TensorLayout(layout, self.program.positions[value], len(self.program.dims(value)))
-        return self.layouts[key]
+        wanted = ((tile, self.plan.regions(tile)) for tile in tiles)
+        return fetch(lambda region: image[region], image.device, self.call.device, wanted)
 
 
 _LOST = (
     "{}: several positions share its greatest or least value, and computing them again in the backward pass gave other "
     "values. Way out: make the operations in front of it deterministic (torch.use_deterministic_algorithms)"
 )
-
-
-def _key(leaf: Value | Total) -> int | Total:
-    """What tells outputs apart."""
-    return leaf.index if isinstance(leaf, Value) else leaf
 
 
 def _as_size(returned: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..graph.attributes import is_plain_object
-from ..graph.snapshot import MOST_OBJECTS
+from .attributes import is_plain_object
+from .snapshot import MOST_OBJECTS
 
 Module = TypeVar("Module", bound=nn.Module)
 Twins = dict[int, Any]

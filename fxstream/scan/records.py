@@ -1,0 +1,129 @@
+"""Records: what tiles carry to later ones, where it is kept, and the gradients that later tiles owe it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from ..geometry.grid import Grid, Tile
+
+Key = tuple[int, int, Tile]
+"""A record: its value, its axis, and the steps of that axis and of those before it."""
+
+
+class Record:
+    """The rows of a value that the tiles of one step carry to later ones."""
+
+    __slots__ = ("owed", "rows")
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+        self.owed: torch.Tensor | None = None
+        """In the backward pass, the gradient of the rows, as far as the tiles that read them are done."""
+
+    def owing(self) -> torch.Tensor:
+        """The gradient, to which more is added."""
+        if self.owed is None:
+            self.owed = torch.zeros_like(self.rows)
+        return self.owed
+
+
+class Records:
+    """The records that the tiles of a scan need at a time.
+
+    A record stays on the device that computes until the last tile of the forward scan has read it. Then it moves to the
+    image's device to wait for the backward scan: if the image is too large for the GPU, so are all records together.
+    Out of a GPU it goes to pinned memory, and the copies are waited for once, after the last tile.
+
+    Attributes:
+        live: axis -> step of that axis -> value -> its record, for the present steps of the axes before.
+        held: what waits for the backward scan.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device,
+        home: torch.device,
+        keep: bool = False,
+        held: Mapping[Key, torch.Tensor] | None = None,
+    ):
+        """`device` computes, `home` holds the image. `keep` says whether there will be a backward scan; in that scan,
+        `held` is what the forward scan has left."""
+        self._grid = grid
+        self._device, self._home, self._keep = device, home, keep
+        self._values = len(grid.axes[0].sizes)
+        self.live: list[list[list[Record | None]]] = [
+            [[None] * self._values for _ in range(axis.count)] for axis in grid.axes
+        ]
+        self.held: dict[Key, torch.Tensor] = dict(held or {})
+
+    def begin(self, value: int, axis: int, step: int, rows: torch.Tensor) -> Record:
+        """Begin a record for a step of an axis."""
+        record = self.live[axis][step][value] = Record(rows)
+        return record
+
+    def leave(self, tile: Tile) -> None:
+        """After a tile of the forward scan, release the records that no later tile of it reads."""
+        for axis, step in self._ended(tile):
+            for value, begun in self._grid.axes[axis].expiring[step]:
+                record, self.live[axis][begun][value] = self.live[axis][begun][value], None
+                if self._keep and record is not None:
+                    self.held[value, axis, (*tile[:axis], begun)] = store(record.rows, self._home)
+
+    def enter_reversed(self, tile: Tile) -> None:
+        """Before a tile of the backward scan, fetch the records that no tile before it has read."""
+        for axis, step in self._ended(tile):
+            for value, begun in self._grid.axes[axis].expiring[step]:
+                rows = self.held.get((value, axis, (*tile[:axis], begun)))
+                if rows is not None:
+                    self.live[axis][begun][value] = Record(rows.to(self._device, non_blocking=True))
+
+    def leave_reversed(self, tile: Tile) -> None:
+        """After a tile of the backward scan, release the records that it has begun in the forward scan."""
+        for axis in range(len(tile)):
+            if not any(tile[axis + 1 :]):
+                self.live[axis][tile[axis]] = [None] * self._values
+
+    def settle(self) -> None:
+        """Wait for the copies; called after the last tile."""
+        if self._keep and _leaves_gpu(self._device, self._home):
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _ended(self, tile: Tile) -> Iterator[tuple[int, int]]:
+        """The axes whose step ends with a tile, and these steps."""
+        for axis in reversed(range(len(tile))):
+            yield axis, tile[axis]
+            if tile[axis] < self._grid.axes[axis].count - 1:
+                return
+
+
+def empty_like(block: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
+    """An uninitialised tensor with other sizes along some dimensions, which are in the same order in memory."""
+    shape = [sizes.get(dim, size) for dim, size in enumerate(block.shape)]
+    return torch.empty_strided(shape, strides_like(block.stride(), shape), dtype=block.dtype, device=block.device)
+
+
+def strides_like(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor of another shape whose dimensions are in the same order in memory."""
+    order = list(range(len(shape)))
+    if 0 not in stride:  # not expanded
+        order.sort(key=stride.__getitem__, reverse=True)
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
+
+
+def store(rows: torch.Tensor, home: torch.device) -> torch.Tensor:
+    """`rows` on the device `home`; out of a GPU, in pinned memory, which holds them once the GPU has got that far."""
+    if _leaves_gpu(rows.device, home):
+        return torch.empty_like(rows, device=home, pin_memory=True).copy_(rows, non_blocking=True)
+    return rows.to(home)
+
+
+def _leaves_gpu(device: torch.device, home: torch.device) -> bool:
+    return device.type == "cuda" and home.type == "cpu"
