@@ -60,8 +60,9 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
         return result
     strides = result.stride()
 
-    def lay_out(gradient: torch.Tensor) -> torch.Tensor:
-        if gradient.stride() == strides:
+    def lay_out(gradient: torch.Tensor | None) -> torch.Tensor | None:
+        # None for a block of which nobody reads anything.
+        if gradient is None or gradient.stride() == strides:
             return gradient
         return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
 
