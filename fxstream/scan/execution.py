@@ -67,6 +67,8 @@ class Shared:
 class Execution:
     """One tile: its registers, what it reads, and where it leaves its results. See `instructions.Run`."""
 
+    records_graph = False
+
     def __init__(
         self,
         shared: Shared,
@@ -106,8 +108,8 @@ class Execution:
     def made(self, made: Made, like: torch.Tensor | None) -> Any:
         return self.shared.made(made, like)
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        taken = join.region.taken(block, self.records, self.tile)
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        taken = join.region.taken(block, self.records, self.tile, whole)
         if block is not None:
             join.region.keep(block, self.records, self.tile)
         return taken
@@ -124,6 +126,8 @@ class Recorded(Execution):
 
     What it reads of the image and of sliced tensors are leaves of the graph, whose gradients are added up afterwards.
     """
+
+    records_graph = True
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class Recorded(Execution):
         self.leaves.append(Leaf(leaf, slot, index))
         return leaf
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
         region = join.region
         # Otherwise those who read it would compute gradients that nobody wants.
         if not self.shared.trained[region.value] or (block is not None and not _is_differentiable(block)):
@@ -208,10 +212,10 @@ class RecordedAhead(Recorded):
         # The backward scan has records of its own.
         self._tape.records = self.records = None  # type: ignore[assignment]
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
         if block is not None:
             join.region.keep(block.detach(), self.records, self.tile)
-        return super().join(join, block)
+        return super().join(join, block, whole)
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
         super().emit(number, value, block)
