@@ -43,7 +43,8 @@ def batch_norm(
     def run(block: torch.Tensor, *statistics: torch.Tensor | None) -> torch.Tensor:
         # torch takes these to be contiguous in the backward pass of a block that is channels_last or a single position.
         own = [None if tensor is None else tensor.contiguous() for tensor in statistics]
-        return _strided_alike(F.batch_norm(block, own[0], own[1], own[2], own[3], False, 0.0, eps))
+        enabled = torch.backends.cudnn.enabled
+        return _strided_alike(torch.batch_norm(block, own[2], own[3], own[0], own[1], False, 0.0, eps, enabled))
 
     return Local((x, mean, var, weight, bias), x.dims, run)
 

@@ -68,6 +68,7 @@ class Execution:
     """One tile: its registers, what it reads, and where it leaves its results. See `instructions.Run`."""
 
     records_graph = False
+    registers: list[Any]
 
     def __init__(
         self,
@@ -83,9 +84,11 @@ class Execution:
         """
         self.shared, self.records, self.tile, self.regions, self.keeping = shared, records, tile, regions, keeping
         program = shared.plan.tile(tile)
-        self.registers: list[Any] = [None, *shared.tensors, *[None] * program.registers]
+        registers = self.registers = [None, *shared.tensors, *[None] * program.registers]
         for instruction in program.instructions:
             instruction(self)
+            for register in instruction.frees:
+                registers[register] = None
         self.registers, self.keeping = [], None
 
     def image(self, number: int) -> torch.Tensor:

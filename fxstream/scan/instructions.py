@@ -72,11 +72,6 @@ class Instruction(ABC):
     @abstractmethod
     def __str__(self) -> str: ...
 
-    def free(self, registers: list[Any]) -> None:
-        """Let go of what no later instruction reads."""
-        for register in self.frees:
-            registers[register] = None
-
 
 class Load(Instruction):
     """Read a region of the image."""
@@ -118,7 +113,6 @@ class Draw(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.registers[self.out] = run.drawn(self.noise, self.value, self.place, run.registers[self.like])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"%{self.out} = {self.noise.draw.__name__} for %{self.like}"
@@ -134,7 +128,6 @@ class Make(Instruction):
     def __call__(self, run: Run) -> None:
         made = run.made(self.made, run.registers[self.like])
         run.registers[self.out] = made[run.rows(self.value, self.tags, made.dim())] if self.tags else made
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"%{self.out} = made of the type of %{self.like}" if self.like else f"%{self.out} = made"
@@ -175,7 +168,6 @@ class Compute(Instruction):
         if self._region is None or run.records_graph or not self._computed_into(registers, given):
             keeping = run.keeping
             registers[self.out] = self.run(*given) if keeping is None else keeping.run(self.value, self.run, *given)
-        self.free(registers)
 
     def _computed_into(self, registers: list[Any], given: Sequence[Any]) -> bool:
         """Compute the block in its place in a new region, unless the strides of such regions are not known yet."""
@@ -209,7 +201,6 @@ class Join(Instruction):
             )
         for out, taken in zip(self.outs, run.join(self, block, registers[self.whole]), strict=True):
             registers[out] = taken
-        self.free(registers)
 
     def __str__(self) -> str:
         region = self.region
@@ -231,7 +222,6 @@ class Emit(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.emit(self.number, self.value, run.registers[self.block])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"output {self.number} <- %{self.block}"
@@ -246,7 +236,6 @@ class Note(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.note(self.value, run.registers[self.block])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"type of %{self.block}"
