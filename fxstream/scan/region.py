@@ -87,7 +87,7 @@ class RecordRows:
             self._seen = (stride, first, moves)
         for axis, places in moves:
             first += places[tile[axis]]
-        return tensor.as_strided(self.shape, stride, first)
+        return tensor.as_strided(self.shape, stride, tensor.storage_offset() + first)
 
 
 class Region:
@@ -109,11 +109,8 @@ class Region:
         """None for the region itself."""
         self.block_shape = None if self.own is None else self.own.shape
         self.keeps = [RecordRows(keep, value, grid, dims, self.block_shape or ()) for keep in layout.keeps]
-        sizes = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
-        self.begins = [
-            None if keep.axis == len(dims) - 1 else rows for keep, rows in zip(layout.keeps, sizes, strict=True)
-        ]
-        """For each of `keeps`, the rows of the whole record; None if the tile itself writes all of them."""
+        self.begins = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
+        """For each of `keeps`, the rows of the whole record."""
         self._seen: tuple[Any, Shape] = (None, ())
         """The strides of a block that were seen last, and those of the region for it."""
         self._placed: tuple[Any, list[tuple[Shape, int]]] = (None, [])
@@ -176,13 +173,10 @@ class Region:
     def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
         """Write to the records what later tiles need of a block."""
         for keep, sizes in zip(self.keeps, self.begins, strict=True):
-            rows, record = keep.place.of(block), keep.record(records, tile)
-            if sizes is None:
-                records.begin(self.value, keep.axis, tile[keep.axis], rows.clone())
-                continue
+            record = keep.record(records, tile)
             if record is None:
-                record = records.begin(self.value, keep.axis, tile[keep.axis], empty_like(block, sizes))
-            keep.of(record.rows, tile).copy_(rows)
+                record = records.begin(self.value, keep.axis, tile[keep.axis], block, sizes)
+            keep.of(record.rows, tile).copy_(keep.place.of(block))
 
     def gradient(self, reads: Sequence[torch.Tensor | None], records: Records, tile: Tile) -> torch.Tensor | None:
         """The gradient of the fresh block, from those of what is read and from what is owed to the records.
