@@ -169,7 +169,7 @@ class Recorded(Execution):
         region = join.region
         # Otherwise those who read it would compute gradients that nobody wants.
         if not self.shared.trained[region.value] or (block is not None and not _is_differentiable(block)):
-            return region.taken(block, self.records, self.tile)
+            return region.taken(block, self.records, self.tile, recorded=True)
         taken: list[torch.Tensor]
         *taken, end = Stitch.apply(region, self._tape, self._end, block)
         if region.keeps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, takewhile
 from math import prod
 
 import torch
@@ -47,6 +48,7 @@ class Records:
     Out of a GPU it goes to pinned memory, and the copies are waited for once, after the last tile.
 
     Attributes:
+        growing: whether tiles write to them, as they do in the forward scan.
         live: axis -> step of that axis -> value -> its record, for the present steps of the axes before.
         held: what waits for the backward scan.
     """
@@ -63,36 +65,40 @@ class Records:
         `held` is what the forward scan has left."""
         self._grid = grid
         self._device, self._home, self._keep = device, home, keep
+        self.growing = held is None
         self._values = len(grid.axes[0].sizes)
         self.live: list[list[list[Record | None]]] = [
             [[None] * self._values for _ in range(axis.count)] for axis in grid.axes
         ]
         self.held: dict[Key, torch.Tensor] = dict(held or {})
         self._spare: list[list[list[torch.Tensor]]] = [[[] for _ in range(self._values)] for _ in grid.axes]
-        self._memory: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-        """By value and axis, the memory of all records that are kept, and how much of it is in use."""
+        self._rooms: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+        """By value and axis, memory for records that are kept, and how much of it is in use."""
 
     def begin(self, value: int, axis: int, step: int, block: torch.Tensor, rows: Mapping[int, int]) -> Record:
         """Begin a record for a step of an axis; `rows` are its sizes along the streamed dimensions of the block."""
         if self._keep and self._device == self._home:
-            found = self._part_of_all(value, axis, block, rows)
+            found = self._room(value, axis, step, block, rows)
         else:
             found = empty_like(block, rows)
         record = self.live[axis][step][value] = Record(found, self._spare[axis][value])
         return record
 
-    def _part_of_all(self, value: int, axis: int, block: torch.Tensor, rows: Mapping[int, int]) -> torch.Tensor:
-        """Room for a record in the memory that all records of the value and the axis share.
+    def _room(self, value: int, number: int, step: int, block: torch.Tensor, rows: Mapping[int, int]) -> torch.Tensor:
+        """Room for a record in memory that it shares with those of the next steps, as many as are as large as a block.
 
-        They all wait for the backward scan. If each had memory of its own, the large blocks that come and go between
-        them would leave gaps that few others fit.
+        They all wait for the backward scan. If each had memory of its own, the blocks that come and go between them
+        would leave gaps that few others fit.
         """
         shape = [rows.get(dim, size) for dim, size in enumerate(block.shape)]
-        memory, used = self._memory.get((value, axis), (None, 0))
-        if memory is None:
-            others = prod(size for dim, size in enumerate(block.shape) if dim not in rows)
-            memory = block.new_empty(others * self._grid.carried_along(value, axis))
-        self._memory[value, axis] = memory, used + prod(shape)
+        needed = prod(shape)
+        memory, used = self._rooms.get((value, number), (None, 0))
+        if memory is None or used == memory.numel():
+            axis = self._grid.axes[number]
+            sizes = (needed * axis.kept(value, one) // axis.kept(value, step) for one in range(step, axis.count))
+            together = takewhile(lambda total: total <= max(needed, block.numel()), accumulate(sizes))
+            memory, used = block.new_empty(max(together)), 0
+        self._rooms[value, number] = memory, used + needed
         return memory.as_strided(shape, strides_like(block.stride(), shape), used)
 
     def leave(self, tile: Tile) -> None:

@@ -126,22 +126,31 @@ class Region:
         return whole, self.own.of(whole)
 
     def taken(
-        self, block: torch.Tensor | None, records: Records, tile: Tile, whole: torch.Tensor | None = None
+        self,
+        block: torch.Tensor | None,
+        records: Records,
+        tile: Tile,
+        whole: torch.Tensor | None = None,
+        recorded: bool = False,
     ) -> list[torch.Tensor]:
-        """What each of `reads` takes of the region, or of the `whole` in which the block has been computed."""
+        """What each of `reads` takes of the region, or of the `whole` in which the block has been computed.
+
+        `recorded` says whether there will be a graph of what is computed with it.
+        """
         if not self.reads:
             return []
-        region = self._assembled(block, records, tile, whole)
+        region = self._assembled(block, records, tile, whole, recorded)
         return [region if read is None else read.of(region) for read in self.reads]
 
     def _assembled(
-        self, block: torch.Tensor | None, records: Records, tile: Tile, whole: torch.Tensor | None
+        self, block: torch.Tensor | None, records: Records, tile: Tile, whole: torch.Tensor | None, recorded: bool
     ) -> torch.Tensor:
         if block is not None and not self.parts:
             return block
         parts = [part.of(part.read(records, tile).rows, tile) for part in self.parts]
         if block is None and len(parts) == 1:
-            return parts[0]
+            # A graph must not hold a part of a record to which other tiles still write.
+            return parts[0].clone() if recorded and records.growing else parts[0]
         if whole is None:
             like = parts[0] if block is None else block
             whole = like.new_empty_strided(self.shape, self._strides(like.stride()))
@@ -239,7 +248,7 @@ class Stitch(torch.autograd.Function):
         """`end` is what an earlier join has returned last, so that this one is differentiated even without a block."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
-        return (*region.taken(block, tape.records, tape.tile), end.detach())
+        return (*region.taken(block, tape.records, tape.tile, recorded=True), end.detach())
 
     @staticmethod
     @once_differentiable
