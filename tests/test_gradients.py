@@ -539,3 +539,9 @@ def test_two_modules_with_one_weight_give_it_both_gradients() -> None:
     model.third = nn.Conv2d(4, 4, 3, padding=1)
     model.third.weight = model.second.weight
     assert_exact(model, (2, 2, 9, 8), 3, whole=True)
+
+
+def test_rows_that_nobody_reads_get_no_gradient_in_a_tile_of_their_own() -> None:
+    """The last row has no window of the strided convolution, and with tiles of one row it has a tile to itself."""
+    layers = nn.CELU(), nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 2, stride=2)
+    assert_exact(randomise(nn.Sequential(*layers)).eval(), (1, 1, 3, 2), 1, whole=True)

@@ -45,11 +45,11 @@ PARTS = 4
 class _Plain(nn.Module):
     """What a drawn network is made from: it only holds what its lines define."""
 
-    code: Any
+    lines: Any
 
     def forward(self, x: torch.Tensor) -> Any:
         names: dict[str, Any] = {"self": self, "x": x, "torch": torch, "F": F, "nn": nn}
-        exec(self.code, names)
+        exec(self.lines, names)
         return names["result"]
 
 
@@ -74,7 +74,7 @@ class Network:
         model = _Plain()
         for line in self.init:
             exec(line, {"self": model, "torch": torch, "nn": nn})
-        model.code = compile("\n".join([*self.forward, f"result = {self.result}"]), "<network>", "exec")
+        model.lines = compile("\n".join([*self.forward, f"result = {self.result}"]), "<network>", "exec")
         return randomise(model.double())
 
     def unused(self) -> bool:

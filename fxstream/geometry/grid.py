@@ -120,12 +120,14 @@ class Grid:
 
     def carried(self, value: int) -> int:
         """How many positions of `value` all records hold together."""
-        total = 0
-        for depth, axis in enumerate(self.axes):
-            shared = [sum(step.shared for step in outer.steps[value]) for outer in self.axes[:depth]]
-            kept = sum(axis.kept(value, step) for step in range(axis.count))
-            total += prod(shared) * kept * prod(inner.sizes[value] for inner in self.axes[depth + 1 :])
-        return total
+        return sum(self.carried_along(value, axis) for axis in range(len(self.axes)))
+
+    def carried_along(self, value: int, number: int) -> int:
+        """How many positions of `value` all records of one axis hold together."""
+        axis = self.axes[number]
+        shared = [sum(step.shared for step in outer.steps[value]) for outer in self.axes[:number]]
+        kept = sum(axis.kept(value, step) for step in range(axis.count))
+        return prod(shared) * kept * prod(inner.sizes[value] for inner in self.axes[number + 1 :])
 
     def in_flight(self, weights: Mapping[int, int]) -> int:
         """The most positions that earlier tiles hold for later ones at any time, each times the weight of its value.

@@ -42,7 +42,10 @@ def fit(
         >>> fit(torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1), [span], dims=[2]).flatten()
         tensor([0., 1., 2., 3.])
     """
-    if all(span.pad == _NONE == span.trim for span in spans):
+    for span in spans:
+        if span.pad != _NONE or span.trim != _NONE:
+            break
+    else:
         return block
     if dims is None:
         dims = range(block.dim() - len(spans), block.dim())

@@ -43,7 +43,8 @@ def batch_norm(
     def run(block: torch.Tensor, *statistics: torch.Tensor | None) -> torch.Tensor:
         # torch takes these to be contiguous in the backward pass of a block that is channels_last or a single position.
         own = [None if tensor is None else tensor.contiguous() for tensor in statistics]
-        return _strided_alike(F.batch_norm(block, own[0], own[1], own[2], own[3], False, 0.0, eps))
+        enabled = torch.backends.cudnn.enabled
+        return _strided_alike(torch.batch_norm(block, own[2], own[3], own[0], own[1], False, 0.0, eps, enabled))
 
     return Local((x, mean, var, weight, bias), x.dims, run)
 
@@ -60,8 +61,9 @@ def _strided_alike(result: torch.Tensor) -> torch.Tensor:
         return result
     strides = result.stride()
 
-    def lay_out(gradient: torch.Tensor) -> torch.Tensor:
-        if gradient.stride() == strides:
+    def lay_out(gradient: torch.Tensor | None) -> torch.Tensor | None:
+        # None for a block of which nobody reads anything.
+        if gradient is None or gradient.stride() == strides:
             return gradient
         return gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
 

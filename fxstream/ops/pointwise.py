@@ -57,10 +57,27 @@ def pointwise(
         return function(*(filled[i] for i in range(len(args))), **{name: filled[name] for name in kwargs})
 
     # Most operations take operands and nothing else.
-    chosen = function if list(operands) == list(range(len(args))) and not kwargs else run
+    plain = list(operands) == list(range(len(args))) and not kwargs
+    chosen = function if plain else run
+    into = _INTO.get(function) if plain else None
     if mutates:
-        return Local(tuple(operands.values()), dims, partial(_keeping_dtype, chosen), mutates=args[0])
-    return Local(tuple(operands.values()), dims, chosen)
+        return Local(tuple(operands.values()), dims, partial(_keeping_dtype, chosen), mutates=args[0], into=into)
+    return Local(tuple(operands.values()), dims, chosen, into=into)
+
+
+def _relu_into(block: torch.Tensor, *, out: torch.Tensor) -> None:
+    torch.clamp_min(block, 0, out=out)
+
+
+_INTO: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), _relu_into),
+    **dict.fromkeys((torch.sigmoid, torch.Tensor.sigmoid), torch.sigmoid),
+    **dict.fromkeys((torch.tanh, torch.Tensor.tanh), torch.tanh),
+    **dict.fromkeys((operator.add, torch.add, torch.Tensor.add), torch.add),
+    **dict.fromkeys((operator.sub, torch.sub, torch.Tensor.sub), torch.sub),
+    **dict.fromkeys((operator.mul, torch.mul, torch.Tensor.mul), torch.mul),
+}
+"""The functions that can write into a given tensor, and the form of each that does."""
 
 
 def _keeping_dtype(function: Callable[..., torch.Tensor], *blocks: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,10 @@ class Local:
     """The operand that the result of the plain operation shares memory with, or None."""
     differentiable: bool = True
     """Whether the result requires a gradient if an operand does."""
+    into: Callable[..., Any] | None = None
+    """`into(*blocks, *spans, out=out)` writes what `run` returns into `out`, a tensor of its shape and dtype with any
+    strides; None if the operation cannot. Where no gradient is needed, the result then need not be copied to its place
+    behind the rows that earlier tiles have kept."""
 
     @property
     def values(self) -> tuple[Value, ...]:

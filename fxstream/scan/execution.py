@@ -67,6 +67,9 @@ class Shared:
 class Execution:
     """One tile: its registers, what it reads, and where it leaves its results. See `instructions.Run`."""
 
+    records_graph = False
+    registers: list[Any]
+
     def __init__(
         self,
         shared: Shared,
@@ -81,9 +84,11 @@ class Execution:
         """
         self.shared, self.records, self.tile, self.regions, self.keeping = shared, records, tile, regions, keeping
         program = shared.plan.tile(tile)
-        self.registers: list[Any] = [None, *shared.tensors, *[None] * program.registers]
+        registers = self.registers = [None, *shared.tensors, *[None] * program.registers]
         for instruction in program.instructions:
             instruction(self)
+            for register in instruction.frees:
+                registers[register] = None
         self.registers, self.keeping = [], None
 
     def image(self, number: int) -> torch.Tensor:
@@ -106,8 +111,8 @@ class Execution:
     def made(self, made: Made, like: torch.Tensor | None) -> Any:
         return self.shared.made(made, like)
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        taken = join.region.taken(block, self.records, self.tile)
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        taken = join.region.taken(block, self.records, self.tile, whole)
         if block is not None:
             join.region.keep(block, self.records, self.tile)
         return taken
@@ -124,6 +129,8 @@ class Recorded(Execution):
 
     What it reads of the image and of sliced tensors are leaves of the graph, whose gradients are added up afterwards.
     """
+
+    records_graph = True
 
     def __init__(
         self,
@@ -158,11 +165,11 @@ class Recorded(Execution):
         self.leaves.append(Leaf(leaf, slot, index))
         return leaf
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
         region = join.region
         # Otherwise those who read it would compute gradients that nobody wants.
         if not self.shared.trained[region.value] or (block is not None and not _is_differentiable(block)):
-            return region.taken(block, self.records, self.tile)
+            return region.taken(block, self.records, self.tile, recorded=True)
         taken: list[torch.Tensor]
         *taken, end = Stitch.apply(region, self._tape, self._end, block)
         if region.keeps:
@@ -208,10 +215,10 @@ class RecordedAhead(Recorded):
         # The backward scan has records of its own.
         self._tape.records = self.records = None  # type: ignore[assignment]
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
         if block is not None:
             join.region.keep(block.detach(), self.records, self.tile)
-        return super().join(join, block)
+        return super().join(join, block, whole)
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
         super().emit(number, value, block)

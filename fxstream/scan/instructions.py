@@ -26,6 +26,8 @@ class Run(Protocol):
     registers: list[Any]
     tile: Tile
     keeping: Collector | Returner | None
+    records_graph: bool
+    """Whether the tile is computed with autograd."""
 
     def image(self, number: int) -> torch.Tensor:
         """A region of the image, by its place among those of the tile."""
@@ -45,8 +47,8 @@ class Run(Protocol):
     def made(self, made: Made, like: torch.Tensor | None) -> Any:
         """What is made of tensors of the call, or of the type of `like`."""
 
-    def join(self, join: Join, block: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """What is read of a region; what later tiles need of it is kept."""
+    def join(self, join: Join, block: torch.Tensor | None, whole: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """What is read of a region; what later tiles need of it is kept. `whole` is the region if it has the block."""
 
     def emit(self, number: int, value: int, block: torch.Tensor) -> None:
         """Hand a block of `value` to an output, by its place among those of the scan."""
@@ -69,11 +71,6 @@ class Instruction(ABC):
 
     @abstractmethod
     def __str__(self) -> str: ...
-
-    def free(self, registers: list[Any]) -> None:
-        """Let go of what no later instruction reads."""
-        for register in self.frees:
-            registers[register] = None
 
 
 class Load(Instruction):
@@ -116,7 +113,6 @@ class Draw(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.registers[self.out] = run.drawn(self.noise, self.value, self.place, run.registers[self.like])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"%{self.out} = {self.noise.draw.__name__} for %{self.like}"
@@ -132,7 +128,6 @@ class Make(Instruction):
     def __call__(self, run: Run) -> None:
         made = run.made(self.made, run.registers[self.like])
         run.registers[self.out] = made[run.rows(self.value, self.tags, made.dim())] if self.tags else made
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"%{self.out} = made of the type of %{self.like}" if self.like else f"%{self.out} = made"
@@ -154,15 +149,35 @@ class Compute(Instruction):
         super().__init__(args, (out,))
         self.out, self.value, self.name = out, value, name
         self.run, self.args, self.spans = run, tuple(args), tuple(spans)
+        self._into: Callable[..., Any] | None = None
+        self._region: tuple[Region, int] | None = None
+
+    def write_into(self, region: Region, register: int, into: Callable[..., Any]) -> None:
+        """Compute the block in its place in a region if no gradient is needed; `into` is that of the operation.
+
+        The region goes to the register.
+        """
+        self._region, self._into = (region, register), into
+        self.writes = (*self.writes, register)
 
     def __call__(self, run: Run) -> None:
         registers = run.registers
         given = [registers[arg] for arg in self.args]
         for span in self.spans:
             given.append(span if isinstance(span, Span) else span[1][run.tile[span[0]]][0])  # type: ignore[index]
-        keeping = run.keeping
-        registers[self.out] = self.run(*given) if keeping is None else keeping.run(self.value, self.run, *given)
-        self.free(registers)
+        if self._region is None or run.records_graph or not self._computed_into(registers, given):
+            keeping = run.keeping
+            registers[self.out] = self.run(*given) if keeping is None else keeping.run(self.value, self.run, *given)
+
+    def _computed_into(self, registers: list[Any], given: Sequence[Any]) -> bool:
+        """Compute the block in its place in a new region, unless the strides of such regions are not known yet."""
+        region, register = self._region  # type: ignore[misc]  # asked for only where there is one
+        opened = region.opened()
+        if opened is None:
+            return False
+        registers[register], registers[self.out] = opened
+        self._into(*given, out=registers[self.out])  # type: ignore[misc]  # there is one if there is a region
+        return True
 
     def __str__(self) -> str:
         return f"%{self.out} = {self.name}({', '.join(f'%{arg}' for arg in self.args)})"
@@ -171,9 +186,10 @@ class Compute(Instruction):
 class Join(Instruction):
     """Put a region together, hand it to its readers, and keep what later tiles need."""
 
-    def __init__(self, outs: Sequence[int], block: int, region: Region, name: str):
-        super().__init__((block,), outs)
-        self.outs, self.block, self.region, self.name = tuple(outs), block, region, name
+    def __init__(self, outs: Sequence[int], block: int, region: Region, name: str, whole: int):
+        """`whole` is the register of the region if the block may have been computed in it, or else of nothing."""
+        super().__init__((block, whole), outs)
+        self.outs, self.block, self.region, self.name, self.whole = tuple(outs), block, region, name, whole
 
     def __call__(self, run: Run) -> None:
         registers = run.registers
@@ -183,9 +199,8 @@ class Join(Instruction):
                 f"{self.name}: the `run` of its streaming rule made a block of the shape {tuple(block.shape)}, and "
                 f"the `dims` of the rule say {self.region.block_shape}. Way out: mend the rule (docs/your_own_op.md)"
             )
-        for out, taken in zip(self.outs, run.join(self, block), strict=True):
+        for out, taken in zip(self.outs, run.join(self, block, registers[self.whole]), strict=True):
             registers[out] = taken
-        self.free(registers)
 
     def __str__(self) -> str:
         region = self.region
@@ -207,7 +222,6 @@ class Emit(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.emit(self.number, self.value, run.registers[self.block])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"output {self.number} <- %{self.block}"
@@ -222,7 +236,6 @@ class Note(Instruction):
 
     def __call__(self, run: Run) -> None:
         run.note(self.value, run.registers[self.block])
-        self.free(run.registers)
 
     def __str__(self) -> str:
         return f"type of %{self.block}"

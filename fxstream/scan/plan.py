@@ -210,8 +210,15 @@ class _Compiler:
         layout, taken, region = self.plan.region(value, self.tile)
         registers = [self._register() for _ in taken]
         self._hand_out(value, layout, taken, registers, block)
-        if region is not None:
-            self.instructions.append(Join(registers, block, region, label(step.node)))
+        if region is None:
+            return
+        whole, computed = NOTHING, self.instructions[-1] if self.instructions else None
+        # Not where a reader, or an output, gets the block itself.
+        only_joined = layout.own is not None and layout.own not in layout.reads
+        if step.local.into and only_joined and region.reads and region.parts and isinstance(computed, Compute):
+            whole = self._register()
+            computed.write_into(region, whole, step.local.into)
+        self.instructions.append(Join(registers, block, region, label(step.node), whole))
 
 
 def key_of(leaf: Value | Total) -> int | Total:

@@ -87,7 +87,7 @@ class RecordRows:
             self._seen = (stride, first, moves)
         for axis, places in moves:
             first += places[tile[axis]]
-        return tensor.as_strided(self.shape, stride, first)
+        return tensor.as_strided(self.shape, stride, tensor.storage_offset() + first)
 
 
 class Region:
@@ -109,57 +109,83 @@ class Region:
         """None for the region itself."""
         self.block_shape = None if self.own is None else self.own.shape
         self.keeps = [RecordRows(keep, value, grid, dims, self.block_shape or ()) for keep in layout.keeps]
-        sizes = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
-        self.begins = [
-            None if keep.axis == len(dims) - 1 else rows for keep, rows in zip(layout.keeps, sizes, strict=True)
-        ]
-        """For each of `keeps`, the rows of the whole record; None if the tile itself writes all of them."""
-        self._seen: tuple[Any, Shape, list[tuple[Shape, int]]] = (None, (), [])
-        """The strides of a block that were seen last, and what `_memory` says of them."""
+        self.begins = [dict(zip(dims, grid.record(value, tile, keep.axis), strict=True)) for keep in layout.keeps]
+        """For each of `keeps`, the rows of the whole record."""
+        self._seen: tuple[Any, Shape] = (None, ())
+        """The strides of a block that were seen last, and those of the region for it."""
+        self._placed: tuple[Any, list[tuple[Shape, int]]] = (None, [])
+        """The strides of a region that were seen last, and the places of its parts."""
+        self._like: torch.Tensor | None = None
+        """An empty tensor with the dtype and device of a block."""
 
-    def taken(self, block: torch.Tensor | None, records: Records, tile: Tile) -> list[torch.Tensor]:
-        """What each of `reads` takes of the region."""
+    def opened(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """An uninitialised region as the last one was, and the place of the block in it; None if there was none."""
+        if self._like is None or self.own is None:
+            return None
+        whole = self._like.new_empty_strided(self.shape, self._seen[1])
+        return whole, self.own.of(whole)
+
+    def taken(
+        self,
+        block: torch.Tensor | None,
+        records: Records,
+        tile: Tile,
+        whole: torch.Tensor | None = None,
+        recorded: bool = False,
+    ) -> list[torch.Tensor]:
+        """What each of `reads` takes of the region, or of the `whole` in which the block has been computed.
+
+        `recorded` says whether there will be a graph of what is computed with it.
+        """
         if not self.reads:
             return []
-        region = self._assembled(block, records, tile)
+        region = self._assembled(block, records, tile, whole, recorded)
         return [region if read is None else read.of(region) for read in self.reads]
 
-    def _assembled(self, block: torch.Tensor | None, records: Records, tile: Tile) -> torch.Tensor:
+    def _assembled(
+        self, block: torch.Tensor | None, records: Records, tile: Tile, whole: torch.Tensor | None, recorded: bool
+    ) -> torch.Tensor:
         if block is not None and not self.parts:
             return block
         parts = [part.of(part.read(records, tile).rows, tile) for part in self.parts]
         if block is None and len(parts) == 1:
-            return parts[0]
-        like = parts[0] if block is None else block
-        strides, places = self._memory(like.stride())
-        region = like.new_empty_strided(self.shape, strides)
-        if block is not None:
-            parts.append(block)
-        for rows, (shape, first) in zip(parts, places, strict=True):
-            region.as_strided(shape, strides, first).copy_(rows)
-        return region
+            # A graph must not hold a part of a record to which other tiles still write.
+            return parts[0].clone() if recorded and records.growing else parts[0]
+        if whole is None:
+            like = parts[0] if block is None else block
+            whole = like.new_empty_strided(self.shape, self._strides(like.stride()))
+            if block is not None:
+                parts.append(block)
+                self._like = block.new_empty(0) if self._like is None else self._like
+        strides = whole.stride()
+        for rows, (shape, first) in zip(parts, self._places(strides), strict=False):
+            whole.as_strided(shape, strides, first).copy_(rows)
+        return whole
 
-    def _memory(self, stride: Shape) -> tuple[Shape, list[tuple[Shape, int]]]:
-        """The strides of the region for a block with these; and for each part of it, the block last, its shape and the
-        place of its first row in memory."""
-        seen, strides, places = self._seen
+    def _strides(self, stride: Shape) -> Shape:
+        """The strides of the region for a block with these."""
+        seen, strides = self._seen
         if stride != seen:
             strides = strides_like(stride, self.shape)
+            self._seen = (stride, strides)
+        return strides
+
+    def _places(self, strides: Shape) -> list[tuple[Shape, int]]:
+        """For each part of a region with these strides, the block last, its shape and the place of its first row."""
+        seen, places = self._placed
+        if strides != seen:
             rows = [part.place for part in self.parts] + ([] if self.own is None else [self.own])
             places = [(one.shape, one.first(strides)) for one in rows]
-            self._seen = (stride, strides, places)
-        return strides, places
+            self._placed = (strides, places)
+        return places
 
     def keep(self, block: torch.Tensor, records: Records, tile: Tile) -> None:
         """Write to the records what later tiles need of a block."""
         for keep, sizes in zip(self.keeps, self.begins, strict=True):
-            rows, record = keep.place.of(block), keep.record(records, tile)
-            if sizes is None:
-                records.begin(self.value, keep.axis, tile[keep.axis], rows.clone())
-                continue
+            record = keep.record(records, tile)
             if record is None:
-                record = records.begin(self.value, keep.axis, tile[keep.axis], empty_like(block, sizes))
-            keep.of(record.rows, tile).copy_(rows)
+                record = records.begin(self.value, keep.axis, tile[keep.axis], block, sizes)
+            keep.of(record.rows, tile).copy_(keep.place.of(block))
 
     def gradient(self, reads: Sequence[torch.Tensor | None], records: Records, tile: Tile) -> torch.Tensor | None:
         """The gradient of the fresh block, from those of what is read and from what is owed to the records.
@@ -222,7 +248,7 @@ class Stitch(torch.autograd.Function):
         """`end` is what an earlier join has returned last, so that this one is differentiated even without a block."""
         ctx.region, ctx.tape = region, tape
         ctx.set_materialize_grads(False)
-        return (*region.taken(block, tape.records, tape.tile), end.detach())
+        return (*region.taken(block, tape.records, tape.tile, recorded=True), end.detach())
 
     @staticmethod
     @once_differentiable
